@@ -74,7 +74,7 @@ class Settings:
     num_layers: int = 2  # layers of a new model
     num_heads: int = 4  # attention heads of a new model
     # the built-in experiment
-    review_demonstrations: int = 40000  # reviews for SFT
+    review_demonstrations: int = 60000  # reviews for SFT
     review_pairs: int = 6000  # labelled pairs for DPO
     review_labels: str = "bradley_terry"  # noisy labels, or deterministic by the true reward
     # running
@@ -89,7 +89,7 @@ class Settings:
 
 
 # What the built-in experiment changes, where the command line does not: a small model from nothing.
-REVIEWS = {"beta": 1.0, "learning_rate": 3e-4, "sft_learning_rate": 4e-3}
+REVIEWS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2.5e-4, "sft_learning_rate": 4e-3}
 CHOICES = {
     "loss": [name for name in dpo.LOSSES if name != "sft"],
     "optimizer": ["adamw", "rmsprop"],
