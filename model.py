@@ -17,7 +17,7 @@ B sequences (only when sampling).
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ try:
     import safetensors.torch as safetensors
 except ImportError:  # optional: without it checkpoints are pytorch_model.bin
     safetensors = None
+if torch.cuda.is_available():
+    from torch.nn.attention.varlen import varlen_attn
 
 
 class CheckpointError(ValueError):
@@ -47,21 +49,9 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
-
-    def forward_flops(self, tokens: int, attended: int, predicted: int) -> int:
-        """Floating-point operations of one forward pass (a backward costs twice as many).
-
-        tokens: T run through the layers; attended: (query, key) pairs; predicted: rows with logits.
-        """
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        attention = self.hidden_size * self.head_dim * (2 * heads + 2 * kv_heads)  # q, o, k, v
-        layer = attention + 3 * self.hidden_size * self.intermediate_size
-        blocks = 2 * self.num_hidden_layers * layer * tokens
-        scores = 4 * self.num_hidden_layers * heads * self.head_dim * attended
-        return blocks + scores + 2 * self.vocab_size * self.hidden_size * predicted
 
 
 class RMSNorm(nn.Module):
@@ -102,118 +92,81 @@ class PackedAttention:
     right. The queries of all segments, in order, are the stream. The first response continues its
     prompt in one segment with an empty prefix; every other response has the prompt as its prefix.
 
-    segments: (S, 4) int64 on the CPU. cache: where sampling wants the keys and values stored.
+    segments: (S, 4) int64 on the CPU. cache: where sampling wants the keys and values kept.
     """
 
     def __init__(
         self, segments: torch.Tensor, device: torch.device, cache: "KVCache | None" = None
     ):
-        prefix_start, prefix_end, start, end = segments.unbind(1)
-        self.prefix_start, self.start, self.end = prefix_start, start, end  # (S,) each
-        self.prefix, self.queries = prefix_end - prefix_start, end - start
-        self.keys = self.prefix + self.queries
-        self.device, self.cache = device, cache
-        self.flash = self.groups = None  # built on first use: which one depends on the dtype
+        prefix_start, prefix_end, start, end = segments.unbind(1)  # (S,) each
+        prefix, queries = prefix_end - prefix_start, end - start
+        keys = prefix + queries
+        # The stream row of every segment's every key, end to end: (sum of keys,)
+        segment = torch.repeat_interleave(keys)
+        offset = torch.arange(len(segment)) - (keys.cumsum(0) - keys)[segment]
+        shift = torch.where(
+            offset < prefix[segment], prefix_start[segment], (start - prefix)[segment]
+        )
+        self.key_rows = (offset + shift).to(device, non_blocking=True)
+        self.queries, self.keys, self.device, self.cache = queries, keys, device, cache
+        self.masks = self.bounds = None  # made by the first layer, for the others too
 
     def __call__(self, layer: int, q, k, v):
         """q: (T, H, D); k, v: (T, H_kv, D). Returns (T, H, D)."""
         if self.cache is not None:
             self.cache.store(layer, k, v)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return self.attend_flash(q, k, v)
-        return self.attend_groups(q, k, v)
+        k, v = k.index_select(0, self.key_rows), v.index_select(0, self.key_rows)
+        on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        return (self.flash if on_gpu else self.loop)(q, k, v)
 
-    def key_rows(self, segment, offset):
-        """The stream row of a segment's key number `offset`; past its end, its last row."""
-        own = self.start[segment] + offset - self.prefix[segment]
-        row = torch.where(own < self.start[segment], self.prefix_start[segment] + offset, own)
-        return row.minimum(self.end[segment] - 1)
+    def loop(self, q, k, v):
+        """Anywhere, in any precision: one call per segment."""
+        queries, keys = self.queries.tolist(), self.keys.tolist()
+        if self.masks is None:  # is_causal would mean causal from the top left
+            shapes = [(m, n) if m < n else None for m, n in zip(queries, keys)]
+            self.masks = [s and torch.ones(s, dtype=bool).tril(s[1] - s[0]) for s in shapes]
+            self.masks = [m if m is None else m.to(self.device) for m in self.masks]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
+        segments = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), self.masks)
+        out = [
+            F.scaled_dot_product_attention(*qkv, mask, is_causal=mask is None, enable_gqa=True)
+            for *qkv, mask in segments
+        ]
+        return torch.cat(out, 2)[0].transpose(0, 1)
 
-    def attend_flash(self, q, k, v):
-        """CUDA: one variable-length flash call over all segments."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        if self.flash is None:
-            segment = torch.repeat_interleave(self.keys)  # (sum of keys,)
-            ends_q, ends_k = self.queries.cumsum(0), self.keys.cumsum(0)
-            offset = torch.arange(len(segment)) - (ends_k - self.keys)[segment]
-            rows = self.key_rows(segment, offset).to(self.device, non_blocking=True)
-            cu_q, cu_k = (
-                F.pad(ends, (1, 0)).to(self.device, torch.int32, non_blocking=True)
-                for ends in (ends_q, ends_k)
-            )
-            self.flash = rows, cu_q, cu_k, int(self.queries.max()), int(self.keys.max())
-        rows, *lengths = self.flash
+    def flash(self, q, k, v):
+        """CUDA, bf16 or fp16: one variable-length call for all segments."""
+        if self.bounds is None:
+            sizes = (self.queries, self.keys)
+            starts = [F.pad(n.cumsum(0), (1, 0)).to(self.device, torch.int32) for n in sizes]
+            self.bounds = *starts, int(self.queries.max()), int(self.keys.max())
         repeat = q.shape[1] // k.shape[1]  # torch 2.11 has no grouped-query heads here
-        k, v = (x.index_select(0, rows).repeat_interleave(repeat, dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, *lengths, window_size=(-1, 0))  # causal, bottom right
-
-    def attend_groups(self, q, k, v):
-        """Anywhere: segments of like length are gathered to (G, length) and attend in one call."""
-        if self.groups is None:
-            self.groups, self.inverse = self.make_groups()
-        out = []
-        for q_rows, k_rows, mask in self.groups:
-            # (T, H, D) -> (G, length, H, D) -> (G, H, length, D)
-            query = q.index_select(0, q_rows.flatten()).unflatten(0, q_rows.shape).transpose(1, 2)
-            key, value = (
-                x.index_select(0, k_rows.flatten()).unflatten(0, k_rows.shape).transpose(1, 2)
-                for x in (k, v)
-            )
-            attended = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
-            out.append(attended.transpose(1, 2).flatten(0, 1))  # (G * length, H, D)
-        return torch.cat(out).index_select(0, self.inverse)
-
-    def make_groups(self):
-        """Groups [(query rows (G, Lq), key rows (G, Lk), mask or None)], and where each row went."""
-        groups, inverse, placed = [], torch.empty(int(self.queries.sum()), dtype=torch.int64), 0
-        order = self.queries.argsort(descending=True, stable=True)
-        while len(order):
-            longest = int(self.queries[order[0]])
-            fits = self.queries[order] >= 0.7 * longest - 16  # short ones all fit: few calls
-            group, order = order[fits, None], order[~fits]  # (G, 1)
-            i, j = torch.arange(longest), torch.arange(int(self.keys[group].max()))
-            q_rows = (self.start[group] + i).minimum(self.end[group] - 1)  # (G, Lq)
-            own = i < self.queries[group]
-            inverse[q_rows[own]] = placed + torch.arange(q_rows.numel()).view_as(q_rows)[own]
-            placed += q_rows.numel()
-            # Right padding needs no mask of its own: causality hides it from every real query.
-            mask = None
-            if self.prefix[group].any():
-                mask = j <= (i + self.prefix[group])[..., None]  # (G, Lq, Lk)
-                mask = mask[:, None].to(self.device)
-            groups.append((q_rows.to(self.device), self.key_rows(group, j).to(self.device), mask))
-        return groups, inverse.to(self.device)
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return varlen_attn(q, k, v, *self.bounds, window_size=(-1, 0))  # causal, bottom right
 
 
 class KVCache:
     """Keys and values of B sequences while sampling; a token's slot is its position."""
 
     def __init__(self, config: ModelConfig, batch: int, size: int):
-        self.shape = (batch, size, config.num_key_value_heads, config.head_dim)
-        self.layers = [None] * config.num_hidden_layers
+        self.shape = batch, size, config.num_key_value_heads, config.head_dim
+        self.layers = {}
         self.sequences = self.positions = None  # (T,) of the stream now running; set by generate
 
     def store(self, layer: int, k, v):
-        if self.layers[layer] is None:
+        if layer not in self.layers:
             self.layers[layer] = k.new_zeros(self.shape), v.new_zeros(self.shape)
-        keys, values = self.layers[layer]
-        keys[self.sequences, self.positions] = k  # (T, H_kv, D) into (B, size, H_kv, D)
-        values[self.sequences, self.positions] = v
+        for cached, new in zip(self.layers[layer], (k, v)):
+            cached[self.sequences, self.positions] = new  # (T, H_kv, D) into (B, size, H_kv, D)
 
     def __call__(self, layer: int, q, k, v):
-        """Attention of one new token per sequence, (B, H, D), to everything stored before it."""
+        """Attention of one new token per sequence, (B, H, D), to all stored before it, and itself."""
         self.store(layer, k, v)
-        used = int(self.positions.max()) + 1
-        keys, values = (x[:, :used].transpose(1, 2) for x in self.layers[layer])
-        slots = torch.arange(used, device=q.device)
-        mask = (slots <= self.positions[:, None])[:, None, None]  # (B, 1, 1, used)
-        query = q[:, :, None]  # (B, H, 1, D)
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, enable_gqa=True
-        ).squeeze(2)
+        keys, values = (x.transpose(1, 2) for x in self.layers[layer])  # (B, H_kv, size, D)
+        slots = torch.arange(self.shape[1], device=q.device)
+        mask = (slots <= self.positions[:, None])[:, None, None]  # (B, 1, 1, size)
+        attend = F.scaled_dot_product_attention
+        return attend(q[:, :, None], keys, values, mask, enable_gqa=True).squeeze(2)
 
 
 class Attention(nn.Module):
@@ -221,25 +174,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        width, query_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=False)
+        self.k_proj = nn.Linear(width, key_width, bias=False)
+        self.v_proj = nn.Linear(width, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
 
     def forward(self, x, cos, sin, attend, layer: int):
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))  # (T, C) -> (T, H, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = run_attention(attend, layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Lengths change from batch to batch: only the products around this are compiled.
+        out = torch.compiler.disable(attend)(layer, q, k, v)
         return self.o_proj(out.flatten(1))
-
-
-@torch.compiler.disable  # the lengths change from batch to batch; the products around it compile
-def run_attention(attend, layer, q, k, v):
-    return attend(layer, q, k, v)
 
 
 class MLP(nn.Module):
@@ -367,8 +318,10 @@ class Transformer(nn.Module):
         return TokenLogps.apply(hidden, weight, targets)
 
 
-def sampling_probabilities(logits, temperature: float, top_k: int, top_p: float):
-    """(B, V) logits -> (B, V) probabilities after temperature, then top-k, then top-p (nucleus)."""
+def sample_tokens(logits, temperature: float, top_k: int, top_p: float, generator):
+    """One token id of each row of (B, V) logits: temperature, then top-k, then top-p (nucleus)."""
+    if temperature == 0:
+        return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -376,10 +329,9 @@ def sampling_probabilities(logits, temperature: float, top_k: int, top_p: float)
     probabilities = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the more probable tokens
-        ordered[before >= top_p] = 0
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # those before it suffice
         probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered)
-    return probabilities
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
 @torch.no_grad()
@@ -396,48 +348,40 @@ def generate(
 ) -> list[list[int]]:
     """Sample one continuation of every prompt; temperature 0 is greedy.
 
-    prompts: token ids, at least one each; any lengths together. Returns the new ids of each, ending
-    in `eos_id` unless cut off at `max_new_tokens`. `on_token(ids)` is called with each step's new
-    ids (None for a sequence that has ended). The prompts are prefilled as one packed stream by the
-    same attention as in training; then every step runs a stream of one token per sequence.
+    prompts: token ids, at least one each, of any lengths. Returns the new ids of each, ending in
+    `eos_id` unless cut off at `max_new_tokens`. `on_token` is called with the B ids of every step.
+    The prompts run as one packed stream, by the same attention as in training; then every step is
+    a stream of one token per sequence. A sequence that has ended runs on unseen until all have.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
     device = model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    lengths = torch.tensor([len(p) for p in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
     ends = lengths.cumsum(0)
     starts = ends - lengths
-    segments = torch.stack([starts, starts, starts, ends], dim=1)
-    tokens = torch.tensor([t for prompt in prompts for t in prompt], device=device)  # (T,)
-
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (T,)
     cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens)
     cache.sequences = torch.repeat_interleave(lengths).to(device)  # (T,)
     cache.positions = torch.arange(len(tokens), device=device) - starts.to(device)[cache.sequences]
+    segments = torch.stack([starts, starts, starts, ends], dim=1)
     logits = model(tokens, cache.positions, segments, (ends - 1).to(device), cache=cache)
 
-    cache.sequences = torch.arange(len(prompts), device=device)
-    everyone = torch.arange(len(prompts), device=device)
+    cache.sequences = rows = torch.arange(len(prompts), device=device)
     cache.positions = lengths.to(device)
-    outputs, alive = [[] for _ in prompts], [True] * len(prompts)
-    for step in range(max_new_tokens):
-        if temperature == 0:
-            tokens = logits.argmax(-1)  # (B,)
-        else:
-            probabilities = sampling_probabilities(logits, temperature, top_k, top_p)
-            tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        new = [t if a else None for t, a in zip(tokens.tolist(), alive)]
-        for i, token in enumerate(new):
-            if token is not None:
-                outputs[i].append(token)
-                alive[i] = token != eos_id
+    steps, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    while True:
+        tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (B,)
+        steps.append(tokens)
         if on_token:
-            on_token(new)
-        if not any(alive) or step == max_new_tokens - 1:
+            on_token(tokens.tolist())
+        ended |= tokens == eos_id
+        if len(steps) == max_new_tokens or ended.all():
             break
-        logits = model(tokens, cache.positions, None, everyone, cache=cache)
+        logits = model(tokens, cache.positions, None, rows, cache=cache)
         cache.positions = cache.positions + 1
-    return outputs
+    new = torch.stack(steps, dim=1).tolist()  # (B, steps)
+    return [ids[: ids.index(eos_id) + 1] if eos_id in ids else ids for ids in new]
 
 
 # What a Llama config.json may say beyond the shape; anything else is another model.
@@ -455,28 +399,26 @@ IMPLEMENTED = {
 def load_config(directory: str | Path) -> ModelConfig:
     """Read `config.json`. Raises CheckpointError naming what is missing or not implemented."""
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not found; a checkpoint directory has a config.json")
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path}: not found; a checkpoint directory has one") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    rope = given.get("rope_parameters") or {}  # transformers 5
+    rope = given.get("rope_parameters") or {}  # where transformers 5 puts both
+    given.setdefault("rope_theta", rope.get("rope_theta", ModelConfig.rope_theta))
     if rope.get("rope_type", "default") != "default":
         given["rope_scaling"] = rope["rope_type"]
-    given = {"rope_theta": rope.get("rope_theta", 10000.0)} | given
     for key, allowed in IMPLEMENTED.items():
         if given.get(key) not in allowed:
             raise CheckpointError(f"{path}: {key} {given.get(key)!r} is not implemented here")
-    heads, width = given.get("num_attention_heads"), given.get("hidden_size")
-    if heads and width:
-        defaults = {"num_key_value_heads": heads, "head_dim": width // heads}
-        given |= {key: value for key, value in defaults.items() if given.get(key) is None}
-    fields = ModelConfig.__dataclass_fields__
-    try:
-        return ModelConfig(**{key: given[key] for key in fields if key in given})
-    except TypeError as error:
-        raise CheckpointError(f"{path}: {str(error).split(') ')[-1]}") from None
+    shape = {f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None}
+    shape.setdefault("num_key_value_heads", shape.get("num_attention_heads"))
+    shape.setdefault("head_dim", given.get("hidden_size", 0) // given.get("num_attention_heads", 1))
+    for field in fields(ModelConfig):
+        if field.default is MISSING and not shape.get(field.name):
+            raise CheckpointError(f"{path}: {field.name} is missing")
+    return ModelConfig(**shape)
 
 
 def load_pretrained(directory: str | Path) -> Transformer:
@@ -486,18 +428,22 @@ def load_pretrained(directory: str | Path) -> Transformer:
     """
     directory = Path(directory)
     model = Transformer(load_config(directory))
-    files = sorted(directory.glob("model*.safetensors"))
-    if files and safetensors is None:
-        raise CheckpointError(f"{files[0]}: reading this file needs `pip install safetensors`")
-    files = files or sorted(directory.glob("pytorch_model*.bin"))
+    files = sorted(directory.glob("model*.safetensors")) or sorted(
+        directory.glob("pytorch_model*.bin")
+    )
     if not files:
         raise CheckpointError(f"{directory}: no model*.safetensors or pytorch_model*.bin in it")
     weights = {}
     for file in files:
-        if file.suffix == ".safetensors":
-            weights |= safetensors.load_file(file)
-        else:
-            weights |= torch.load(file, map_location="cpu", weights_only=True)
+        if file.suffix == ".safetensors" and safetensors is None:
+            raise CheckpointError(f"{file}: reading it needs `pip install safetensors`")
+        try:
+            if file.suffix == ".safetensors":
+                weights |= safetensors.load_file(file)
+            else:
+                weights |= torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # each format has its own exceptions
+            raise CheckpointError(f"{file}: cannot be read ({error})") from None
     weights = {k.removeprefix("model."): w for k, w in weights.items() if "rotary_emb" not in k}
     if model.lm_head is None:
         weights.pop("lm_head.weight", None)
@@ -513,12 +459,8 @@ def save_pretrained(model: Transformer, directory: str | Path, state_dict: dict 
     """Write config.json and the weights (`state_dict`, or the model's own) in the Llama layout."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = asdict(model.config) | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-    }
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    config = kind | asdict(model.config) | {"torch_dtype": "float32"}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {
         (name if name.startswith("lm_head") else f"model.{name}"): tensor.contiguous()
