@@ -288,60 +288,60 @@ class Batch:
         return replace(self, **{k: t.to(device, non_blocking=True) for k, t in move.items()})
 
 
+def ragged(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The ranges starts[i] : starts[i] + sizes[i], end to end: [5, 0], [2, 3] -> [5 6 0 1 2]."""
+    shift = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    return np.arange(len(shift)) + shift
+
+
 def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
     """Pack the examples (indices) into one stream.
 
     Without any, a rank that has no work in this round gets a stand-in: the first example's tokens,
     but no pairs and no best response, so that it takes part in every collective and adds nothing.
     """
-    stand_in, examples = len(examples) == 0, examples if len(examples) else [0]
-    tokens, positions, segments, rows, targets, ids, lengths = [], [], [], [], [], [], []
-    chosen, rejected, best, weights = [], [], [], []
-    end = 0  # of the stream so far
-    for e in examples:
-        first, last = dataset.trees[e], dataset.trees[e + 1]
-        bounds = dataset.offsets[first : last + 1]
-        prompt, *responses = (dataset.tokens[a:b] for a, b in itertools.pairwise(bounds))
-        best.append(len(lengths))
-        pairs = list(itertools.combinations(range(len(lengths), len(lengths) + len(responses)), 2))
-        chosen += (a for a, _ in pairs)
-        rejected += (b for _, b in pairs)
-        weights += [dataset.weights[e] / len(pairs)] * len(pairs) if pairs else []
-        start, trunk = end, end + len(prompt)
-        tokens.append(prompt)
-        positions.append(np.arange(len(prompt)))
-        end = trunk
-        for k, response in enumerate(responses):
-            branch, end = end, end + len(response) - 1
-            tokens.append(response[:-1])
-            positions.append(np.arange(len(prompt), len(prompt) + len(response) - 1))
-            if k == 0:  # continues the prompt in one segment
-                segments.append((start, start, start, end))
-            elif end > branch:
-                segments.append((start, trunk, branch, end))
-            # The first token of every response is predicted from the last one of the prompt.
-            rows += [[trunk - 1], np.arange(branch, end)]
-            targets.append(response)
-            ids.append(first - e + k)  # responses before this one in the data set
-            lengths.append(len(response))
-    if stand_in:
-        chosen, rejected, best, weights = [], [], [], []
-    flat = (np.concatenate(x) for x in (tokens, positions, rows, targets))
-    tokens, positions, rows, targets = (torch.from_numpy(x.astype(np.int64)) for x in flat)
-    lengths = torch.tensor(lengths)
-    pairs = (torch.tensor(x, dtype=torch.int64) for x in (chosen, rejected, best))
-    return Batch(
-        tokens,
-        positions,
-        torch.tensor(segments),
-        rows,
-        targets,
-        torch.repeat_interleave(lengths),
-        torch.tensor(ids),
-        lengths,
-        *pairs,
-        torch.tensor(weights, dtype=torch.float32),
-    )
+    real = len(examples) > 0
+    examples = np.asarray(examples) if real else np.array([0])
+    counts = np.diff(dataset.trees)[examples]  # sequences of each tree
+    prompt = np.cumsum(counts) - counts  # where its prompt is among those of the batch
+    sequence = ragged(dataset.trees[examples], counts)
+    begin, size = dataset.offsets[sequence], np.diff(dataset.offsets)[sequence]
+    read = size - 1  # the last token of a response is never read
+    read[prompt] += 1
+    start = np.cumsum(read) - read  # of each sequence in the stream
+    trunk = np.repeat(prompt, counts)  # the prompt of each sequence
+    positions = ragged(np.where(trunk == np.arange(len(trunk)), 0, size[trunk]), read)
+
+    response = np.delete(np.arange(len(trunk)), prompt)
+    trunk, lengths = trunk[response], size[response]
+    rows = ragged(start[response] - 1, lengths)
+    # The first token of every response is predicted from the last one of the prompt.
+    rows[np.cumsum(lengths) - lengths] = start[trunk] + size[trunk] - 1
+    ends = start[response] + read[response]
+    first = response == trunk + 1  # continues the prompt in one segment; the others are prefixed
+    prefixed = start[trunk], start[trunk] + size[trunk], start[response], ends
+    segments = np.stack(np.where(first, (start[trunk],) * 3 + (ends,), prefixed), axis=1)
+
+    best = prompt - np.arange(len(prompt))  # where its best response is among the batch's
+    ranked = [itertools.combinations(range(b, b + n - 1), 2) for b, n in zip(best, counts)]
+    pairs = [list(better_worse) for better_worse in ranked]
+    weights = [w / len(p) for w, p in zip(dataset.weights[examples], pairs) for _ in p]
+    chosen, rejected = np.array([p for tree in pairs for p in tree] * real).reshape(-1, 2).T
+    integers = {
+        "tokens": dataset.tokens[ragged(begin, read)],
+        "positions": positions,
+        "segments": segments[segments[:, 2] < segments[:, 3]],  # one-token responses read nothing
+        "rows": rows,
+        "targets": dataset.tokens[ragged(begin[response], lengths)],
+        "response": np.repeat(np.arange(len(lengths)), lengths),
+        "response_ids": ragged(dataset.trees[examples] - examples, counts - 1),
+        "lengths": lengths,
+        "chosen": chosen,
+        "rejected": rejected,
+        "best": best[: len(best) * real],
+    }
+    tensors = {k: torch.from_numpy(v.astype(np.int64)) for k, v in integers.items()}
+    return Batch(**tensors, weights=torch.tensor(weights * real, dtype=torch.float32))
 
 
 def pack(lengths: np.ndarray, examples: np.ndarray, budget: int, world_size: int) -> list[list]:
@@ -382,62 +382,62 @@ def plan_epoch(
 
 # The built-in experiment: reviews written by a grammar in which everything is known exactly.
 #
-#   Review of the new film Amber: The plot was really clever, but the pace seemed rather slow.
+#   Review of the new film Amber: The plot was sadly slow, but the cast seemed superb.
 #
-# Every choice below is a table of probabilities. A review has one to three clauses, drawn
-# independently given what is reviewed; its reward is the sum of its clauses' rewards. Hence the
-# entropy, the probability of a review, and the optimal policy are all sums over small tables.
-KINDS = {  # what is reviewed: aspects for the first, second and third clause
-    "film": (("plot", "story"), ("cast", "lead", "director"), ("music", "pace", "ending")),
-    "novel": (("plot", "story"), ("hero", "narrator", "villain"), ("prose", "pace", "ending")),
-    "hotel": (("room", "lobby"), ("staff", "manager", "porter"), ("pool", "view", "breakfast")),
-    "cafe": (("coffee", "cake"), ("staff", "waiter", "owner"), ("music", "view", "terrace")),
-    "game": (("plot", "world"), ("hero", "boss", "villain"), ("music", "pace", "ending")),
+# A review has one to three clauses, drawn independently given what is reviewed, from the tables of
+# probabilities below. Its true reward is the sum of its adverbs' and adjectives' rewards. Hence the
+# probability of a review, the entropy and the optimal policy are sums over small tables.
+
+KINDS = {  # what is reviewed: the aspects of a first, second and third clause
+    "film": ("plot story", "cast lead director", "music pace ending"),
+    "novel": ("plot story", "hero narrator villain", "prose pace ending"),
+    "hotel": ("room lobby", "staff manager porter", "pool view breakfast"),
+    "cafe": ("coffee cake", "staff waiter owner", "music view terrace"),
+    "game": ("plot world", "hero boss villain", "music pace ending"),
 }
-EPITHETS = ("new", "latest", "famous", "old", "local", "little", "celebrated", "other")
+EPITHETS = "new latest famous old local little celebrated other".split()
 NAMES = """Amber Aurora Basil Birch Cedar Clover Cobalt Coral Cosmo Dahlia Delta Echo Ember Fern
     Garnet Harbor Hazel Indigo Iris Ivory Jasper Juniper Laurel Lotus Lunar Maple Marble Meadow
     Nova Olive Onyx Opal Orchid Pearl Raven Saffron Sierra Tulip Willow Zephyr""".split()
-CLAUSES = {1: 0.3, 2: 0.4, 3: 0.3}
-LINKS = ({"": 1.0}, {", and": 0.5, ", but": 0.3, ", while": 0.2}, {", and": 0.7, ", though": 0.3})
+COUNTS = np.array([0.3, 0.4, 0.3])  # probability of one, two, three clauses
+LINKS = ({" The": 1.0}, {", and the": 0.5, ", but the": 0.3, ", while the": 0.2},
+         {", and the": 0.7, ", though the": 0.3})  # fmt: skip
 VERBS = {"was": 0.5, "seemed": 0.2, "felt": 0.2, "remained": 0.1}
-ADVERBS = {"": (0.4, 0.0), "delightfully": (0.2, 0.8), "fairly": (0.25, 0.0), "sadly": (0.15, -0.8)}
-ADJECTIVES = {  # (probability before tilting, reward)
-    "superb": (0.06, 2.0),
-    "charming": (0.12, 1.4),
-    "good": (0.2, 0.8),
-    "ordinary": (0.2, 0.0),
-    "slow": (0.12, -0.6),
-    "dark": (0.1, -0.6),
-    "bad": (0.14, -1.4),
-    "awful": (0.06, -2.0),
-}
-TILTS = {  # (kind, adjective): (factor on the probability, another reward)
-    ("film", "dark"): (2.0, 0.4),
-    ("novel", "dark"): (2.0, 1.2),
-    ("hotel", "slow"): (0.5, -1.2),
-    ("cafe", "slow"): (1.5, 0.6),
-    ("game", "superb"): (2.0, 2.0),
-}
+ADVERBS = {  # probability, reward
+    "": (0.4, 0.0), "delightfully": (0.2, 0.8), "fairly": (0.25, 0.0), "sadly": (0.15, -0.8),
+}  # fmt: skip
+ADJECTIVES = {
+    "superb": (0.06, 2.0), "charming": (0.12, 1.4), "good": (0.2, 0.8), "ordinary": (0.2, 0.0),
+    "slow": (0.12, -0.6), "dark": (0.1, -0.6), "bad": (0.14, -1.4), "awful": (0.06, -2.0),
+}  # fmt: skip
+TASTES = {  # where a kind of thing differs: weight in place of probability, reward
+    ("film", "dark"): (0.2, 0.4), ("novel", "dark"): (0.2, 1.2), ("hotel", "slow"): (0.06, -1.2),
+    ("cafe", "slow"): (0.18, 0.6), ("game", "superb"): (0.12, 2.0),
+}  # fmt: skip
 
 
-def clause_table(kind: str, position: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """All clauses at a position (0, 1, 2): texts, probabilities, rewards; each (clauses,)."""
-    aspects = KINDS[kind][position]
-    texts, probabilities, rewards = [], [], []
-    tilt = {a: TILTS.get((kind, a), (1.0, reward)) for a, (_, reward) in ADJECTIVES.items()}
-    total = sum(p * tilt[a][0] for a, (p, _) in ADJECTIVES.items())
-    for (link, p1), aspect, (verb, p2), (adverb, (p3, tone)), (
-        adjective,
-        (p4, _),
-    ) in itertools.product(
-        LINKS[position].items(), aspects, VERBS.items(), ADVERBS.items(), ADJECTIVES.items()
-    ):
-        subject = f"{link} the {aspect}" if link else f" The {aspect}"
-        texts.append(" ".join(filter(None, (subject, verb, adverb, adjective))))
-        probabilities.append(p1 / len(aspects) * p2 * p3 * p4 * tilt[adjective][0] / total)
-        rewards.append(tone + tilt[adjective][1])
-    return texts, np.array(probabilities), np.array(rewards)
+class Clauses:
+    """All clauses of a kind at one position: texts, probabilities p and rewards r, (clauses,)."""
+
+    def __init__(self, kind: str, position: int):
+        words = {a: TASTES.get((kind, a), (p, r)) for a, (p, r) in ADJECTIVES.items()}
+        total, aspects = sum(p for p, _ in words.values()), KINDS[kind][position].split()
+        tables = LINKS[position].items(), aspects, VERBS.items(), ADVERBS.items(), words.items()
+        self.texts, p, r = [], [], []
+        for (link, p1), aspect, (verb, p2), (adverb, (p3, r3)), (
+            adjective,
+            (p4, r4),
+        ) in itertools.product(*tables):
+            self.texts.append(" ".join(filter(None, (link, aspect, verb, adverb, adjective))))
+            p.append(p1 / len(aspects) * p2 * p3 * p4 / total)
+            r.append(r3 + r4)
+        self.p, self.r, self.cumulative = np.array(p), np.array(r), np.cumsum(p)
+        self.index = {text: i for i, text in enumerate(self.texts)}
+
+    def tilt(self, beta: float) -> tuple[float, float]:
+        """(Z, E r) of the distribution p·exp(r/β)/Z."""
+        weights = self.p * np.exp(self.r / beta)
+        return weights.sum(), weights @ self.r / weights.sum()
 
 
 class Reviews:
@@ -445,93 +445,79 @@ class Reviews:
 
     def __init__(self, seed: int = 0):
         self.seed = seed
-        self.tables = {kind: [clause_table(kind, n) for n in range(3)] for kind in KINDS}
-        self.index = {
-            kind: [dict(zip(texts, itertools.count())) for texts, _, _ in tables]
-            for kind, tables in self.tables.items()
-        }
-        prompts = [
-            f"Review of the {epithet} {kind} {name}:"
-            for epithet, kind, name in itertools.product(EPITHETS, KINDS, NAMES)
-        ]
+        self.clauses = {kind: [Clauses(kind, n) for n in range(3)] for kind in KINDS}
+        names = itertools.product(EPITHETS, KINDS, NAMES)
+        prompts = np.array(
+            [f"Review of the {epithet} {kind} {name}:" for epithet, kind, name in names]
+        )
         order = np.random.default_rng(0).permutation(len(prompts))
-        self.prompts = {"eval": [prompts[i] for i in order[:200]]}  # disjoint from train
-        self.prompts["train"] = [prompts[i] for i in order[200:]]
+        self.prompts = {"eval": prompts[order[:200]], "train": prompts[order[200:]]}  # disjoint
 
-    @staticmethod
-    def kind(prompt: str) -> str:
-        return prompt.split()[4]
-
-    def parse(self, prompt: str, response: str) -> list[int] | None:
-        """The clauses' numbers in their tables, or None if the grammar cannot write this."""
-        clauses = re.split("(?=,)", response.removesuffix("."))
-        if not response.endswith(".") or len(clauses) > len(LINKS):
-            return None
-        index = self.index[self.kind(prompt)]
-        numbers = [index[n].get(clause) for n, clause in enumerate(clauses)]
-        return None if None in numbers else numbers
+    def clauses_for(self, prompt: str) -> list[Clauses]:
+        return self.clauses[prompt.split()[4]]
 
     def score(self, prompt: str, response: str) -> tuple[float, float]:
-        """(log p(y|x) in nats, r(x, y)) of an accepted response; (-inf, nan) of any other."""
-        numbers = self.parse(prompt, response)
-        if numbers is None:
-            return -math.inf, math.nan
-        tables = self.tables[self.kind(prompt)]
-        logp = math.log(CLAUSES[len(numbers)])
-        logp += sum(math.log(tables[n][1][i]) for n, i in enumerate(numbers))
-        return logp, float(sum(tables[n][2][i] for n, i in enumerate(numbers)))
+        """(log p(y|x) in nats, r(x, y)); (-inf, nan) if the grammar cannot write the response."""
+        texts = re.split("(?=,)", response.removesuffix("."))
+        logp, reward = -math.inf, math.nan
+        if response.endswith(".") and len(texts) <= len(COUNTS):
+            pairs = list(zip(self.clauses_for(prompt), texts))
+            if all(text in clauses.index for clauses, text in pairs):
+                found = [(c.p[c.index[text]], c.r[c.index[text]]) for c, text in pairs]
+                logp = math.log(COUNTS[len(texts) - 1]) + sum(math.log(p) for p, _ in found)
+                reward = float(sum(r for _, r in found))
+        return logp, reward
 
     def write(self, prompt: str, rng: np.random.Generator) -> str:
         """Draw y from p(y|x)."""
-        count = rng.choice(list(CLAUSES), p=list(CLAUSES.values()))
-        tables = self.tables[self.kind(prompt)][:count]
-        return "".join(texts[rng.choice(len(texts), p=p)] for texts, p, _ in tables) + "."
+        count, *draws = rng.random(1 + len(COUNTS))
+        clauses = self.clauses_for(prompt)[: 1 + np.searchsorted(COUNTS.cumsum(), count)]
+        return "".join(c.texts[c.cumulative.searchsorted(u)] for c, u in zip(clauses, draws)) + "."
+
+    def mean(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """Mean over the evaluation prompts of something known for each kind."""
+        return np.mean([values[prompt.split()[4]] for prompt in self.prompts["eval"]], axis=0)
 
     def entropy(self) -> float:
-        """Exact mean entropy of a response given its prompt, in nats (mean over eval prompts)."""
-        length = -sum(p * math.log(p) for p in CLAUSES.values())
-        reach = [sum(p for n, p in CLAUSES.items() if n > k) for k in range(3)]
-        entropy = {
-            kind: length + sum(w * -(p * np.log(p)).sum() for w, (_, p, _) in zip(reach, tables))
-            for kind, tables in self.tables.items()
-        }
-        return float(np.mean([entropy[self.kind(x)] for x in self.prompts["eval"]]))
+        """Exact entropy of a response given its prompt, in nats, mean over evaluation prompts."""
+        reach = COUNTS[::-1].cumsum()[::-1]  # probability that there is an n-th clause
+        own = -(COUNTS @ np.log(COUNTS))
+        return float(self.mean({
+            kind: own + sum(w * -(c.p @ np.log(c.p)) for w, c in zip(reach, clauses))
+            for kind, clauses in self.clauses.items()
+        }))  # fmt: skip
 
     def optimum(self, beta: float) -> tuple[float, float]:
-        """(E r, KL(π*‖p)) of π* ∝ p(y|x)·exp(r/β) (DPO paper, Eq. 4), mean over eval prompts."""
+        """(E r, KL(π*‖p)) of π* ∝ p(y|x)·exp(r/β) (DPO paper, Eq. 4), mean over evaluation prompts."""
         results = {}
-        for kind, tables in self.tables.items():
-            z = [(p * np.exp(r / beta)).sum() for _, p, r in tables]  # per clause
-            means = [(p * np.exp(r / beta) * r).sum() / zk for (_, p, r), zk in zip(tables, z)]
-            by_count = np.array([p * math.prod(z[:n]) for n, p in CLAUSES.items()])
-            reward = by_count @ [sum(means[:n]) for n in CLAUSES] / by_count.sum()
-            results[kind] = reward, reward / beta - math.log(by_count.sum())
-        return tuple(np.mean([results[self.kind(x)] for x in self.prompts["eval"]], axis=0))
+        for kind, clauses in self.clauses.items():
+            z, rewards = np.transpose([c.tilt(beta) for c in clauses])
+            weights = COUNTS * z.cumprod()  # of one, two, three clauses under π*
+            reward = weights @ rewards.cumsum() / weights.sum()
+            results[kind] = np.array([reward, reward / beta - math.log(weights.sum())])
+        reward, kl = self.mean(results)
+        return float(reward), float(kl)
 
     def frontier(self, kl: float) -> float:
-        """R*(KL): the highest expected reward any policy reaches at this KL from the grammar."""
-        points = np.array([self.optimum(beta) for beta in np.geomspace(0.02, 1e4, 400)])
-        rewards, kls = points[::-1].T  # both increasing
+        """R*(KL): the highest expected reward that any policy reaches at this KL from the grammar."""
+        rewards, kls = np.transpose([self.optimum(beta) for beta in np.geomspace(1e5, 0.05, 500)])
         return float(np.interp(kl, kls, rewards))
 
     def demonstrations(self, count: int, split: str) -> list[Example]:
         """What SFT trains on: plain samples of the grammar."""
         rng = np.random.default_rng([self.seed, 1, split == "eval"])
-        prompts = rng.choice(self.prompts[split], count)
-        return [Example(str(x), (self.write(x, rng),)) for x in prompts]
+        prompts = rng.choice(self.prompts[split], count).tolist()
+        return [Example(prompt, (self.write(prompt, rng),)) for prompt in prompts]
 
     def preferences(self, count: int, split: str, deterministic: bool = False) -> list[Example]:
         """Pairs of samples, labelled by Bradley–Terry, P(a ≻ b) = σ(r(a) − r(b)), or by r itself."""
         rng = np.random.default_rng([self.seed, 2, split == "eval"])
         examples = []
         while len(examples) < count:
-            x = str(rng.choice(self.prompts[split]))
-            a, b = self.write(x, rng), self.write(x, rng)
-            difference = self.score(x, a)[1] - self.score(x, b)[1]
-            if a == b or (deterministic and difference == 0):
-                continue
-            a_wins = (
-                difference > 0 if deterministic else rng.random() < 1 / (1 + math.exp(-difference))
-            )
-            examples.append(Example(x, (a, b) if a_wins else (b, a)))
+            prompt = str(rng.choice(self.prompts[split]))
+            a, b = self.write(prompt, rng), self.write(prompt, rng)
+            difference = self.score(prompt, a)[1] - self.score(prompt, b)[1]
+            noise = 0.0 if deterministic else rng.logistic()
+            if a != b and difference + noise != 0:
+                examples.append(Example(prompt, (a, b) if difference + noise > 0 else (b, a)))
         return examples

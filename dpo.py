@@ -59,6 +59,14 @@ def needs(loss: str) -> set[str]:
     return set(inspect.signature(LOSSES[loss]).parameters)
 
 
+def initial_loss(loss: str, beta: float, label_smoothing: float) -> float:
+    """The loss of a pair before the first step, when policy and reference agree: ln 2 for DPO."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    given = dict.fromkeys(names, zero) | {"beta": beta, "label_smoothing": label_smoothing}
+    return LOSSES[loss](**{name: given[name] for name in needs(loss)}).item()
+
+
 def sequence_logps(model, batch) -> torch.Tensor:
     """log π(y|x) in nats of every response in the batch, (N,): the sum over its tokens."""
     logps = model(batch.tokens, batch.positions, batch.segments, batch.rows, batch.targets)  # (M,)

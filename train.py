@@ -100,7 +100,9 @@ CHOICES = {
 }
 
 
+NEW_MODEL = {"vocab_size", "hidden_size", "num_layers", "num_heads"}
 MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "wandb"}  # when resuming
+SHOWN = ("/loss", "/rewards/accuracies", "/rewards/margins", "/rewards/chosen", "/grad_norm")
 
 
 class SettingError(ValueError):
@@ -119,33 +121,30 @@ def boolean(text: str) -> bool:
 
 
 def parse_settings(arguments: list[str]) -> Settings:
-    """Command line -> Settings. Each setting's help is its comment above. Raises SettingError."""
-    parser = Parser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
-    comments = dict(
-        (line.split(":")[0].strip(), line.split("  # ")[1])
-        for line in inspect.getsource(Settings).splitlines()
-        if "  # " in line
-    )
+    """Command line -> Settings; the help of each is its comment above. Raises SettingError."""
+    layout = argparse.RawTextHelpFormatter
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=layout)
+    lines = [line for line in inspect.getsource(Settings).splitlines() if "  # " in line]
+    comments = {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines}
     for field in dataclasses.fields(Settings):
-        default = f"(default {field.default}"
-        default += f"; {REVIEWS[field.name]} for --data=reviews)" if field.name in REVIEWS else ")"
-        flag = {"nargs": "?", "const": True, "type": boolean} if field.type is bool else {}
+        preset = f"; {REVIEWS[field.name]} for reviews" if field.name in REVIEWS else ""
+        options = {"type": field.type, "choices": CHOICES.get(field.name)}
+        if field.type is bool:  # --resume is --resume=true
+            options = {"type": boolean, "nargs": "?", "const": True}
         parser.add_argument(
             f"--{field.name}",
             default=argparse.SUPPRESS,
             metavar="|".join(CHOICES.get(field.name, [field.type.__name__])),
-            help=f"{comments[field.name]} {default}",
-            choices=CHOICES.get(field.name),
-            **({"type": field.type} | flag),
+            help=f"{comments[field.name]} (default {field.default!r}{preset})",
+            **options,
         )
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(
-            name, [f"--{f.name}" for f in dataclasses.fields(Settings)]
+        name, known = (
+            unknown[0].split("=")[0],
+            [f"--{f.name}" for f in dataclasses.fields(Settings)],
         )
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists the settings"
         raise SettingError(f"unknown setting {name}: {hint}")
     given = vars(given)
@@ -157,19 +156,12 @@ def parse_settings(arguments: list[str]) -> Settings:
 
 def check_settings(s: Settings, given: set[str]):
     """Refuse values out of range, and settings that would be ignored."""
-    for field in dataclasses.fields(s):
-        value, name = getattr(s, field.name), field.name
-        if field.type in (int, float) and not (math.isfinite(value) and value >= 0):
-            raise SettingError(f"--{name} must be at least 0, found {value}")
-    for name in (
-        "beta",
-        "batch_size",
-        "micro_batch_tokens",
-        "max_prompt_length",
-        "log_every",
-        "epochs",
-    ):
-        if getattr(s, name) == 0:
+    positive = {"beta", "batch_size", "micro_batch_tokens", "max_prompt_length", "log_every", "epochs",
+                "hidden_size", "num_layers", "num_heads", "review_demonstrations", "review_pairs"}  # fmt: skip
+    for name, value in dataclasses.asdict(s).items():
+        if isinstance(value, (int, float)) and not (0 <= value < math.inf):
+            raise SettingError(f"--{name} must be a number of at least 0, found {value}")
+        if name in positive and value == 0:
             raise SettingError(f"--{name} must be greater than 0")
     if s.max_prompt_length >= s.max_length:
         raise SettingError(
@@ -177,50 +169,58 @@ def check_settings(s: Settings, given: set[str]):
         )
     if s.label_smoothing >= 0.5:
         raise SettingError("--label_smoothing must be less than 0.5: at 0.5 labels say nothing")
-    new_model = {"tokenizer", "vocab_size", "hidden_size", "num_layers", "num_heads"}
+    if s.hidden_size % (2 * s.num_heads):
+        raise SettingError("--hidden_size must be a multiple of twice --num_heads")
     builtin = {name for name in given if name.startswith("review_")}
-    ignored = [
-        (given & new_model, s.init_from, "--init_from brings its own"),
-        (given & {"vocab_size"}, s.tokenizer, "--tokenizer brings its own"),
-        (given & {"eval_data", "sft_data"}, s.data == "reviews", "--data=reviews brings its own"),
+    no_eval = s.data != "reviews" and not s.eval_data
+    ignored = [  # settings, where they would be ignored, and why
+        ({"tokenizer", *NEW_MODEL}, s.init_from, "--init_from brings its own"),
+        ({"vocab_size"}, s.tokenizer, "--tokenizer brings its own"),
+        ({"eval_data", "sft_data"}, s.data == "reviews", "--data=reviews brings its own"),
         (builtin, s.data != "reviews", "it belongs to --data=reviews"),
-        (given & {"sft_data", "sft_learning_rate"}, s.sft_epochs == 0, "--sft_epochs is 0"),
-        (given & {"weight_decay"}, s.optimizer == "rmsprop", "--optimizer=rmsprop has none here"),
-        (
-            given & {"eval_every"},
-            s.data != "reviews" and not s.eval_data,
-            "there is no --eval_data",
-        ),
-        (given & {"label_smoothing"} - dpo.needs(s.loss), True, f"--loss={s.loss} does not use it"),
+        ({"sft_data", "sft_learning_rate"}, s.sft_epochs == 0, "--sft_epochs is 0"),
+        ({"weight_decay"}, s.optimizer == "rmsprop", "rmsprop here has none"),
+        ({"eval_every"}, no_eval, "there is no --eval_data"),
+        ({"label_smoothing"} - dpo.needs(s.loss), True, f"--loss={s.loss} does not use it"),
     ]
     for names, applies, reason in ignored:
-        if names and applies:
-            raise SettingError(f"--{min(names)} would be ignored: {reason}")
-    if not s.init_from and (s.num_heads == 0 or s.hidden_size % (2 * s.num_heads)):
-        raise SettingError("--hidden_size must be a multiple of twice --num_heads")
+        if applies and names & given:
+            raise SettingError(f"--{min(names & given)} would be ignored: {reason}")
 
 
-class Machine:
-    """This process among its ranks: device, precision, and the few collectives there are."""
+class Run:
+    """This process: its settings, rank, device and precision, and where rank 0 reports."""
 
     def __init__(self, settings: Settings):
+        self.settings, self.out = settings, Path(settings.out_dir)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         if cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
             dist.init_process_group("nccl" if cuda else "gloo")
-        self.dtype = settings.dtype if settings.dtype != "auto" else ("float32", "bfloat16")[cuda]
-        # The one mechanism for bf16: float32 master weights, matrix products under autocast.
-        self.autocast = contextlib.nullcontext
-        if self.dtype == "bfloat16":
-            self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16)
+        auto = "bfloat16" if cuda else "float32"
+        self.dtype = auto if settings.dtype == "auto" else settings.dtype
+        self.wandb = None
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if settings.wandb != "disabled":
+                import wandb
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, float64. (all ranks)"""
-        values = values.to(self.device, torch.float64)
+                config = dataclasses.asdict(settings)
+                where = {"project": "dpo", "name": self.out.name, "dir": self.out}
+                self.wandb = wandb.init(**where, mode=settings.wandb, config=config)
+
+    def autocast(self):
+        """The one mechanism for bf16: float32 master weights, matrix products under autocast."""
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def sum(self, values) -> torch.Tensor:
+        """Sum over the ranks, in float64, on the CPU. (all ranks)"""
+        values = torch.as_tensor(values, dtype=torch.float64).to(self.device)
         if self.world > 1:
             dist.all_reduce(values)
         return values.cpu()
@@ -230,76 +230,52 @@ class Machine:
         if self.world > 1:
             dist.barrier()
 
-    def peak_memory(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: KiB
-
-
-class Log:
-    """Rank 0's terminal, metrics.jsonl and Weights & Biases; silent on every other rank."""
-
-    def __init__(self, settings: Settings, machine: Machine):
-        self.main, self.wandb = machine.rank == 0, None
-        if self.main:
-            out = Path(settings.out_dir)
-            out.mkdir(parents=True, exist_ok=True)
-            self.file = open(
-                out / "metrics.jsonl", "a" if settings.resume else "w", encoding="utf-8"
-            )
-        if self.main and settings.wandb != "disabled":
-            import wandb
-
-            wandb.init(project="dpo", name=out.name, mode=settings.wandb, dir=out,
-                       config=dataclasses.asdict(settings))  # fmt: skip
-            self.wandb = wandb
-
     def say(self, text: str):
-        if self.main:
+        if self.rank == 0:
             print(text, flush=True)
 
-    def metrics(self, row: dict):
-        if self.main:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+    def record(self, row: dict):
+        """A row of metrics, to metrics.jsonl and Weights & Biases."""
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         if self.wandb:
-            self.wandb.log(row)
+            self.wandb.log({f"{row['stage']}/{name}": value for name, value in row.items()})
 
 
-def load_examples(settings: Settings, grammar: data.Reviews | None):
-    """The text: SFT and preference examples, for training and for evaluation."""
-    if grammar:
+def load_examples(settings: Settings) -> dict[str, list[data.Example]]:
+    """The text: what SFT and DPO train on, and what each is evaluated on."""
+    if settings.data == "reviews":
+        grammar = data.Reviews(settings.seed)
         deterministic = settings.review_labels == "deterministic"
-        return (
-            grammar.demonstrations(settings.review_demonstrations, "train"),
-            grammar.demonstrations(2000, "eval"),
-            grammar.preferences(settings.review_pairs, "train", deterministic),
-            grammar.preferences(1000, "eval", deterministic),
-        )
+        return {
+            "sft": grammar.demonstrations(settings.review_demonstrations, "train"),
+            "sft eval": grammar.demonstrations(2000, "eval"),
+            "pairs": grammar.preferences(settings.review_pairs, "train", deterministic),
+            "eval pairs": grammar.preferences(1000, "eval", deterministic),
+        }
 
     def read(paths: str, load) -> list[data.Example]:
         return [example for path in paths.split(",") if path for example in load(path)]
 
-    pairs = read(settings.data, data.load_preferences)
-    eval_pairs = read(settings.eval_data, data.load_preferences)
-    demonstrations = read(settings.sft_data, data.load_demonstrations)
-    demonstrations = demonstrations or [data.demonstration(e) for e in pairs]
-    return demonstrations, [data.demonstration(e) for e in eval_pairs], pairs, eval_pairs
+    texts = {"sft": read(settings.sft_data, data.load_demonstrations)}
+    texts["pairs"] = read(settings.data, data.load_preferences)
+    texts["eval pairs"] = read(settings.eval_data, data.load_preferences)
+    texts["sft"] = texts["sft"] or [data.demonstration(pair) for pair in texts["pairs"]]
+    texts["sft eval"] = [data.demonstration(pair) for pair in texts["eval pairs"]]
+    return texts
 
 
-def load_tokenizer(settings: Settings, machine: Machine, texts: list[data.Example]):
+def load_tokenizer(run: Run, texts: list[data.Example]) -> data.Tokenizer:
     """That of --init_from or --tokenizer, or one trained on the data; copied into the run."""
-    path = Path(settings.out_dir) / "tokenizer.model"
-    source = settings.tokenizer or settings.init_from and f"{settings.init_from}/tokenizer.model"
-    if source:
-        tokenizer = data.Tokenizer(source)
-        if machine.rank == 0:
-            path.write_bytes(tokenizer.proto)
-        return tokenizer
-    if machine.rank == 0 and not settings.resume:
-        strings = (text for e in texts for text in (e.prompt, *e.responses))
-        data.Tokenizer.train(strings, path, settings.vocab_size)
-    machine.wait()
+    s, path = run.settings, run.out / "tokenizer.model"
+    source = s.tokenizer or (s.init_from and Path(s.init_from) / "tokenizer.model")
+    if run.rank == 0 and source:
+        path.write_bytes(data.Tokenizer(source).proto)
+    elif run.rank == 0 and not s.resume:
+        strings = (text for example in texts for text in (example.prompt, *example.responses))
+        data.Tokenizer.train(strings, path, s.vocab_size)
+    run.wait()
     return data.Tokenizer(path)
 
 
@@ -307,52 +283,37 @@ def load_model(settings: Settings, vocab_size: int, directory: str | Path) -> Tr
     """The checkpoint in `directory`, or without one a new model; whole, on the CPU."""
     if directory:
         return load_pretrained(directory)
-    width = settings.hidden_size
+    width, heads = settings.hidden_size, settings.num_heads
     config = ModelConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=-(-8 * width // 3 // 32) * 32,  # Llama's 8/3, in multiples of 32
         num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_heads,
-        head_dim=width // settings.num_heads,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
         max_position_embeddings=settings.max_length,
         tie_word_embeddings=True,
     )
     return Transformer(config).init_weights(settings.seed)
 
 
-def distribute(model: Transformer, settings: Settings, machine: Machine) -> Transformer:
+def distribute(model: Transformer, run: Run) -> Transformer:
     """Device, activation checkpointing, compilation and FSDP2, all from outside the model."""
-    model.to(machine.device).activation_checkpointing = settings.activation_checkpointing
-    if settings.compile:
+    model.to(run.device).activation_checkpointing = run.settings.activation_checkpointing
+    if run.settings.compile:
         for layer in model.layers:
             layer.compile(dynamic=True)
-    if machine.world > 1:
-        mesh = init_device_mesh(machine.device.type, (machine.world,))
+    if run.world > 1:
+        mesh = init_device_mesh(run.device.type, (run.world,))
         precision = MixedPrecisionPolicy(  # weights gathered in bf16, gradients summed in float32
-            param_dtype=torch.bfloat16 if machine.dtype == "bfloat16" else None,
+            param_dtype=torch.bfloat16 if run.dtype == "bfloat16" else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
         for module in (*model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=precision)
     return model
-
-
-def full_state(model: Transformer) -> dict:
-    """The whole weights on the CPU of rank 0, {} on the others. (all ranks)"""
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dcp_state.get_model_state_dict(model, options=options)
-
-
-def save_model(model, tokenizer, directory: Path, machine: Machine):
-    """Write a checkpoint directory in the Llama layout. (all ranks)"""
-    weights = full_state(model)
-    if machine.rank == 0:
-        save_pretrained(model, directory, weights)
-        (directory / "tokenizer.model").write_bytes(tokenizer.proto)
-    machine.wait()
 
 
 @dataclass
@@ -369,383 +330,345 @@ class Stage:
     eval_reference: torch.Tensor | None = None
 
     def count(self, examples: np.ndarray) -> int:
-        """What a step's summed loss is divided by: its pairs, for SFT its response tokens."""
+        """What a step's summed loss is divided by: its examples, for SFT its response tokens."""
         if self.loss != "sft":
             return len(examples)
         best = self.train.trees[examples] - examples  # of each example, among all responses
         return int(self.train.response_lengths()[best].sum())
 
 
-def micro_batches(dataset, plan: list, machine: Machine):
+def micro_batches(dataset: data.Dataset, plan: list, run: Run):
     """This rank's micro-batches of one step of the plan, on its device."""
-    for examples in plan[machine.rank]:
-        yield data.collate(dataset, examples).to(machine.device)
+    for examples in plan[run.rank]:
+        yield data.collate(dataset, examples).to(run.device)
 
 
-def whole_plan(dataset, settings: Settings, machine: Machine) -> list:
-    """The plan of one pass over a data set without gradients: one step, in longer micro-batches."""
-    lengths, budget = dataset.lengths(), 2 * settings.micro_batch_tokens
-    return next(data.plan_epoch(lengths, len(lengths), budget, machine.world))
+def whole_plan(dataset: data.Dataset, run: Run) -> list:
+    """One pass without gradients as the plan of a single step, with longer micro-batches."""
+    lengths, budget = dataset.lengths(), 2 * run.settings.micro_batch_tokens
+    return next(data.plan_epoch(lengths, len(lengths), budget, run.world))
 
 
-def compute_reference(model, dataset, settings: Settings, machine: Machine, log: Log, what: str):
+def compute_reference(model, dataset: data.Dataset, run: Run, what: str) -> torch.Tensor:
     """log π_ref of every response, (responses,): from a cache, or by one pass over the data.
 
     The cache is looked for in this run and in those beside it, under a digest of weights, tokens
     and numerics: a sweep over β or over losses computes it once. (all ranks)
     """
-    out = Path(settings.out_dir)
-    numerics = f"{machine.dtype} on {machine.device.type}, torch {torch.__version__}"
-    key = dpo.reference_key(model, dataset, numerics)
-    responses = len(dataset.response_lengths())
-    places = [out / "reference", *sorted(out.parent.glob("*/reference"))]
-    values = dpo.find_reference(key, places, responses)
-    found = machine.sum(torch.tensor([values is not None])).item() == machine.world
-    if found:
-        log.say(f"reference: {responses:,} log-probs of {what} reused ({key})")
-    else:
-        started = time.perf_counter()
-        batches = micro_batches(dataset, whole_plan(dataset, settings, machine), machine)
-        with machine.autocast():
-            values, seen = machine.sum(dpo.reference_logps(model, batches, responses))
+    numerics = f"{run.dtype} on {run.device.type}, torch {torch.__version__}"
+    key, size = dpo.reference_key(model, dataset, numerics), len(dataset.response_lengths())
+    places = [run.out / "reference", *sorted(run.out.parent.glob("*/reference"))]
+    values, verb = dpo.find_reference(key, places, size), "reused"
+    if run.sum(values is not None) < run.world:
+        verb = "computed"
+        with run.autocast():
+            batches = micro_batches(dataset, whole_plan(dataset, run), run)
+            values, seen = run.sum(dpo.reference_logps(model, batches, size))
         assert (seen == 1).all(), "every response is visited exactly once, on one rank"
-        values, seconds = values.float().numpy(), time.perf_counter() - started
-        log.say(f"reference: {responses:,} log-probs of {what} computed in {seconds:.1f} s ({key})")
-    if machine.rank == 0:
-        (out / "reference").mkdir(exist_ok=True)
-        np.save(out / "reference" / f"{key}.npy", values)
-    machine.wait()
-    return torch.from_numpy(values).to(machine.device)
+        values = values.float().numpy()
+    run.say(f"reference: {size:,} log-probs of the {what} {verb} ({key})")
+    if run.rank == 0:
+        (run.out / "reference").mkdir(exist_ok=True)
+        np.save(run.out / "reference" / f"{key}.npy", values)
+    run.wait()
+    return torch.from_numpy(values).to(run.device)
 
 
-def check_start(stage: Stage, model, plan: list, settings: Settings, machine: Machine, log: Log):
+def batch_loss(stage: Stage, model, batch: data.Batch, reference, run: Run):
+    """(summed loss, sums of the metrics, log-ratios) of one micro-batch."""
+    with run.autocast():
+        logps = dpo.sequence_logps(model, batch)  # (N,)
+    reference = logps.detach() * 0 if reference is None else reference[batch.response_ids]
+    s = run.settings
+    options = {"beta": s.beta, "label_smoothing": s.label_smoothing}
+    return *dpo.compute_loss(stage.loss, logps, batch, reference, **options), logps - reference
+
+
+class Totals:
+    """Sums over pairs, kept on the device: nothing waits for the GPU until they are asked for."""
+
+    def __init__(self):
+        self.sums, self.started = {}, time.perf_counter()
+
+    def add(self, sums: dict):
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def average(self, prefix: str, run: Run) -> tuple[dict, dict]:
+        """(averages over all pairs of all ranks, rates per second). (all ranks)"""
+        values = run.sum([float(value) for value in self.sums.values()]).tolist()
+        sums, seconds = dict(zip(self.sums, values)), time.perf_counter() - self.started
+        rates = {f"{name}_per_second": sums[name] / seconds for name in ("pairs", "tokens")}
+        return {f"{prefix}/{k}": v for k, v in dpo.average_metrics(sums).items()}, rates
+
+
+@torch.no_grad()
+def evaluate(stage: Stage, model, run: Run) -> dict:
+    """The stage's metrics on its fixed evaluation set. (all ranks)"""
+    totals = Totals()
+    for batch in micro_batches(stage.eval, whole_plan(stage.eval, run), run):
+        totals.add(batch_loss(stage, model, batch, stage.eval_reference, run)[1])
+    return totals.average("eval", run)[0]
+
+
+@torch.no_grad()
+def check_start(stage: Stage, model, plan: list, run: Run):
     """Before the first step the policy is the reference: check that the numbers say so. (all ranks)
 
     Raises SettingError if a log-ratio of the first step's responses is out of tolerance, or the
-    loss is not what theory gives at a log-ratio of zero (ln 2 for DPO).
+    loss is not what theory says it is at log-ratios of zero (ln 2 for DPO).
     """
-    worst, loss, theory = torch.zeros(machine.world), torch.zeros(()), torch.zeros(())
-    for batch in micro_batches(stage.train, plan, machine):
-        with torch.no_grad(), machine.autocast():
-            logps = dpo.sequence_logps(model, batch)
-        reference = stage.reference[batch.response_ids]
-        options = settings.beta, settings.label_smoothing
-        loss += dpo.compute_loss(stage.loss, logps, batch, reference, *options)[0].cpu()
-        theory += dpo.compute_loss(stage.loss, reference, batch, reference, *options)[0].cpu()
-        gap = (logps - reference).abs().max().cpu()
-        worst[machine.rank] = worst[machine.rank].maximum(gap)
-    loss, theory, *worst = machine.sum(torch.stack([loss, theory, *worst])).tolist()
-    pairs = sum(len(examples) for rank in plan for examples in rank)
-    tolerance = 0.5 if machine.dtype == "bfloat16" else 0.01  # nats: other packing, other rounding
-    log.say(
-        f"step 0: {stage.loss} loss {loss / pairs:.6f}, in theory {theory / pairs:.6f}; "
-        f"largest log-ratio {max(worst):.1e} nats, tolerance {tolerance}"
-    )
-    if not (max(worst) <= tolerance and abs(loss - theory) <= tolerance * max(abs(theory), pairs)):
+    loss, theory, worst = 0.0, 0.0, 0.0
+    s, tolerance = run.settings, 0.5 if run.dtype == "bfloat16" else 0.01  # nats
+    for batch in micro_batches(stage.train, plan, run):
+        total, _, logratios = batch_loss(stage, model, batch, stage.reference, run)
+        loss, worst = loss + total.item(), max(worst, logratios.abs().max().item())
+        initial = dpo.initial_loss(stage.loss, s.beta, s.label_smoothing)
+        theory += initial * batch.weights.sum().item()
+    failed = not (worst <= tolerance and abs(loss - theory) <= tolerance * (1 + abs(theory)))
+    loss, theory, failed = run.sum([loss, theory, failed]).tolist()
+    if failed:
         raise SettingError(
-            f"at step 0 policy and reference must agree to {tolerance} nats, but differ by "
-            f"{max(worst):.3g}: delete {settings.out_dir}/reference and compute it anew"
+            f"before the first step policy and reference must agree to {tolerance} nats, but "
+            f"differ by {worst:.3g}: delete {run.out / 'reference'} to have it computed anew"
         )
+    count = sum(len(examples) for rank in plan for examples in rank)
+    run.say(
+        f"step 0: {stage.loss} loss {loss / count:.6f}, in theory {theory / count:.6f}; "
+        f"largest log-ratio {worst:.1e} nats (tolerance {tolerance})"
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float, settings: Settings) -> float:
     """A pure function of the step (from 0), so that a resumed run needs no scheduler state."""
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    shape = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
-    return peak * shape[settings.lr_schedule]
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return peak * shapes[settings.lr_schedule]
 
 
 def make_optimizer(model, settings: Settings) -> torch.optim.Optimizer:
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(model.parameters())
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, fused=True)
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decayed = {"params": matrices, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW([decayed, {"params": vectors, "weight_decay": 0.0}], fused=True)
 
 
-class Totals:
-    """Sums over pairs, kept on the device: nothing waits for the GPU until they are asked for."""
-
-    def __init__(self, machine: Machine):
-        self.machine, self.sums, self.started, self.tokens = machine, {}, time.perf_counter(), 0
-
-    def add(self, sums: dict, batch: data.Batch):
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.tokens += len(batch.tokens)
-
-    def average(self, prefix: str) -> tuple[dict, dict]:
-        """(metrics averaged over all pairs of all ranks, rates per second). (all ranks)"""
-        values = [float(value) for value in (*self.sums.values(), self.tokens)]
-        *values, tokens = self.machine.sum(torch.tensor(values, dtype=torch.float64)).tolist()
-        sums = dict(zip(self.sums, values))
-        seconds = time.perf_counter() - self.started
-        rates = {"pairs_per_second": sums["pairs"] / seconds, "tokens_per_second": tokens / seconds}
-        return {f"{prefix}/{k}": v for k, v in dpo.average_metrics(sums).items()}, rates
-
-
-def evaluate(stage: Stage, model, settings: Settings, machine: Machine) -> dict:
-    """The stage's metrics on its fixed evaluation set. (all ranks)"""
-    totals, plan = Totals(machine), whole_plan(stage.eval, settings, machine)
-    options = settings.beta, settings.label_smoothing
-    with torch.no_grad(), machine.autocast():
-        for batch in micro_batches(stage.eval, plan, machine):
-            reference = (
-                None if stage.eval_reference is None else stage.eval_reference[batch.response_ids]
-            )
-            logps = dpo.sequence_logps(model, batch)
-            totals.add(dpo.compute_loss(stage.loss, logps, batch, reference, *options)[1], batch)
-    return totals.average("eval")[0]
-
-
-def train_step(stage: Stage, model, optimizer, plan: list, totals, settings, machine):
-    """One optimizer step over the planned micro-batches; returns the gradient norm. (all ranks)"""
+def train_step(stage: Stage, model, optimizer, plan: list, totals: Totals, run: Run):
+    """One optimizer step over the planned micro-batches. (all ranks)"""
     count = stage.count(np.concatenate([examples for rank in plan for examples in rank]))
-    options = settings.beta, settings.label_smoothing
-    for n, batch in enumerate(micro_batches(stage.train, plan, machine), 1):
-        if machine.world > 1:  # gradients are summed over the ranks once, after the last one
-            model.set_requires_gradient_sync(n == len(plan[machine.rank]))
-        reference = None if stage.reference is None else stage.reference[batch.response_ids]
-        with machine.autocast():
-            logps = dpo.sequence_logps(model, batch)
-        loss, sums = dpo.compute_loss(stage.loss, logps, batch, reference, *options)
+    for n, batch in enumerate(micro_batches(stage.train, plan, run), 1):
+        if run.world > 1:  # gradients are summed over the ranks once, after the last micro-batch
+            model.set_requires_gradient_sync(n == len(plan[run.rank]))
+        loss, sums, _ = batch_loss(stage, model, batch, stage.reference, run)
         # FSDP averages over ranks: times their number this is the sum over all pairs, divided by
         # the pairs of the step, however they are spread over ranks and micro-batches.
-        (loss * machine.world / count).backward()
-        totals.add(sums, batch)
-    limit = settings.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        (loss * run.world / count).backward()
+        totals.add(sums)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.settings.grad_clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    # Every rank counts its pairs: weighted by them, the average over the step is the norm itself.
     optimizer.step()
     optimizer.zero_grad()
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm
 
 
-def run_stage(stage: Stage, model, tokenizer, settings: Settings, machine: Machine, log: Log):
-    """Train one stage to its end, from its start or from the state that --resume finds. (all ranks)"""
-    lengths, batch_size = stage.train.lengths(), settings.batch_size
-    per_epoch = math.ceil(len(lengths) / batch_size)
-    steps = min(stage.epochs * per_epoch, settings.max_steps or math.inf)
-    optimizer = make_optimizer(model, settings)
-    first = load_resume(model, optimizer, settings) if resume_stage(settings) == stage.name else 0
-    log.say(
-        f"{stage.name}: {len(lengths):,} examples, {lengths.sum():,} tokens, {steps} steps of "
-        f"{batch_size} ({per_epoch} an epoch)" + (f", from step {first}" if first else "")
+def run_stage(stage: Stage, model, run: Run):
+    """Train one stage to its end, from its start or from where --resume left it. (all ranks)"""
+    s, lengths = run.settings, stage.train.lengths()
+    per_epoch = math.ceil(len(lengths) / s.batch_size)
+    steps = min(stage.epochs * per_epoch, s.max_steps or math.inf)
+    optimizer = make_optimizer(model, s)
+    first = load_resume(model, optimizer, run) if resume_point(run)["stage"] == stage.name else 0
+    run.say(
+        f"{stage.name}: {len(lengths):,} examples, {steps} steps of {s.batch_size}, from {first}"
     )
 
-    def report(step: int, row: dict):
-        log.metrics({"stage": stage.name, "step": step, "epoch": step / per_epoch} | row)
+    def report(done: int, row: dict, note: str = ""):
+        run.record({"stage": stage.name, "step": done, "epoch": done / per_epoch} | row)
+        shown = (f"{name.split('/', 1)[1]} {row[name]:.4g}" for name in row if name.endswith(SHOWN))
+        run.say(
+            f"{stage.name} {done}/{steps} {'eval' if not note else ''}  {'  '.join(shown)}{note}"
+        )
 
     if stage.eval and not first:
-        report(0, evaluate(stage, model, settings, machine))
-    totals, norms, begun = Totals(machine), [], time.perf_counter()
-    plan = None
+        report(0, evaluate(stage, model, run))
+    totals, norms, plan, begun = Totals(), [], None, time.perf_counter()
     for step in range(first, steps):
         epoch, within = divmod(step, per_epoch)
         if plan is None or within == 0:
-            seed = (settings.seed, epoch) if settings.shuffle else None
-            budget = settings.micro_batch_tokens
-            plan = list(data.plan_epoch(lengths, batch_size, budget, machine.world, seed))
-        rate = learning_rate(step, steps, stage.learning_rate, settings)
+            seed = (s.seed, epoch) if s.shuffle else None
+            budget = s.micro_batch_tokens
+            plan = list(data.plan_epoch(lengths, s.batch_size, budget, run.world, seed))
+        if step == 0 and stage.reference is not None:
+            check_start(stage, model, plan[0], run)
+        rate = learning_rate(step, steps, stage.learning_rate, s)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if step == 0 and stage.reference is not None:
-            check_start(stage, model, plan[0], settings, machine, log)
-        norms.append(train_step(stage, model, optimizer, plan[within], totals, settings, machine))
+        norms.append(train_step(stage, model, optimizer, plan[within], totals, run))
         done = step + 1
-        if done % settings.log_every == 0 or done == steps:
-            row, rates = totals.average("train")
+        if done % s.log_every == 0 or done == steps:
+            row, rates = totals.average("train", run)
             row |= {
-                "train/grad_norm": float(torch.stack(norms).mean()),
+                "train/grad_norm": torch.stack(norms).mean().item(),
                 "train/learning_rate": rate,
             }
-            row |= rates | {"peak_memory_gib": machine.peak_memory()}
-            report(done, row)
             left = (time.perf_counter() - begun) / (done - first) * (steps - done)
-            log.say(progress(stage, done, steps, row, left))
+            note = f"  {rates['pairs_per_second']:.0f} pairs/s  {left:.0f} s left"
+            report(done, row | rates | {"peak_memory_gib": peak_memory(run.device)}, note)
             if not all(map(math.isfinite, row.values())):
-                raise SettingError(
-                    f"the {stage.name} loss is not finite at step {done}: lower its learning rate"
-                )
-            totals, norms = Totals(machine), []
-        if stage.eval and (
-            done == steps or settings.eval_every and done % settings.eval_every == 0
-        ):
-            row = evaluate(stage, model, settings, machine)
-            report(done, row)
-            log.say(f"{stage.name} step {done}/{steps}: " + describe(row))
-        if settings.save_every and done % settings.save_every == 0 and done < steps:
-            save_resume(stage.name, done, model, optimizer, settings, machine)
+                raise SettingError(f"{stage.name} diverged by step {done}: lower its learning rate")
+            totals, norms = Totals(), []
+        if stage.eval and (done == steps or s.eval_every and done % s.eval_every == 0):
+            report(done, evaluate(stage, model, run))
+        if s.save_every and done % s.save_every == 0 and done < steps:
+            save_resume(stage.name, done, model, optimizer, run)
 
 
-def describe(row: dict) -> str:
-    names = (
-        "loss",
-        "rewards/accuracies",
-        "rewards/margins",
-        "rewards/chosen",
-        "length_correlation",
-    )
-    return "  ".join(f"{key} {row[key]:.4f}" for key in row if key.partition("/")[2] in names)
+def peak_memory(device: torch.device) -> float:
+    """GiB: allocated on the GPU, or resident on the CPU (Linux counts in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def progress(stage: Stage, done: int, steps: int, row: dict, left: float) -> str:
-    return (
-        f"{stage.name} {done}/{steps}  {describe(row)}  lr {row['train/learning_rate']:.1e}  "
-        f"{row['pairs_per_second']:.0f} pairs/s  {row['tokens_per_second']:.0f} tok/s  {left:.0f} s left"
-    )
+def save_model(model, tokenizer: data.Tokenizer, directory: Path, run: Run):
+    """Write a checkpoint directory in the Llama layout. (all ranks)"""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model, options=options)  # whole, on rank 0 only
+    if run.rank == 0:
+        save_pretrained(model, directory, weights)
+        (directory / "tokenizer.model").write_bytes(tokenizer.proto)
+    run.wait()
 
 
-# The state to resume from: written beside the last one, then renamed.
-
-
-def resume_state(model, optimizer) -> dict:
-    weights, moments = dcp_state.get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments}
-
-
-def save_resume(stage: str, step: int, model, optimizer, settings: Settings, machine: Machine):
-    """(all ranks)"""
-    final = Path(settings.out_dir) / "resume"
-    new, old = final.with_name("resume.new"), final.with_name("resume.old")
-    if machine.rank == 0:
+def save_resume(stage: str, step: int, model, optimizer, run: Run):
+    """The state to resume from, written beside the last one, then renamed. (all ranks)"""
+    final, new, old = (run.out / name for name in ("resume", "resume.new", "resume.old"))
+    if run.rank == 0:
         shutil.rmtree(new, ignore_errors=True)
-    machine.wait()
-    dcp.save(resume_state(model, optimizer), checkpoint_id=new)
-    machine.wait()
-    if machine.rank == 0:
-        (new / "progress.json").write_text(json.dumps({"stage": stage, "step": step}))
+    run.wait()
+    weights, moments = dcp_state.get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=new)
+    if run.rank == 0:
+        (new / "point.json").write_text(json.dumps({"stage": stage, "step": step}))
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
         new.rename(final)
         shutil.rmtree(old, ignore_errors=True)
-    machine.wait()
+    run.wait()
 
 
-def resume_progress(settings: Settings) -> dict:
-    path = Path(settings.out_dir) / "resume" / "progress.json"
+def resume_point(run: Run) -> dict:
+    """{stage, step} of the saved state; without --resume a stage of None."""
+    path = run.out / "resume" / "point.json"
+    if not run.settings.resume:
+        return {"stage": None, "step": 0}
     if not path.is_file():
         raise SettingError(f"--resume: {path} not found; only a run with --save_every leaves it")
     return json.loads(path.read_text())
 
 
-def resume_stage(settings: Settings) -> str | None:
-    return resume_progress(settings)["stage"] if settings.resume else None
-
-
-def load_resume(model, optimizer, settings: Settings) -> int:
+def load_resume(model, optimizer, run: Run) -> int:
     """Restore weights and moments; returns the number of steps already done. (all ranks)"""
-    state = resume_state(model, optimizer)
-    dcp.load(state, checkpoint_id=Path(settings.out_dir) / "resume")
+    weights, moments = dcp_state.get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=run.out / "resume")
     dcp_state.set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
-    return resume_progress(settings)["step"]
+    return resume_point(run)["step"]
 
 
-def write_run(settings: Settings, machine: Machine, model, datasets: dict):
-    """run.json: every setting as resolved, versions, digests. A resumed run must agree with it."""
+def start_records(run: Run, sets: dict[str, data.Dataset]):
+    """run.json: settings as resolved, versions, digests of the data. A resumed run must agree with
+    it, and forgets the metrics that were recorded after its saved state. Else both start anew."""
+    path, metrics = run.out / "run.json", run.out / "metrics.jsonl"
     digests = {
-        name: hashlib.sha256(dataset.tokens.tobytes() + dataset.trees.tobytes()).hexdigest()[:16]
-        for name, dataset in datasets.items()
-        if dataset
+        name: hashlib.sha256(dataset.tokens.tobytes() + dataset.trees.tobytes()).hexdigest()
+        for name, dataset in sets.items()
     }
-    run = {
-        "settings": dataclasses.asdict(settings),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "ranks": machine.world,
-        "device": machine.device.type,
-        "dtype": machine.dtype,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": digests,
-    }
-    path = Path(settings.out_dir) / "run.json"
-    if settings.resume:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in (run["settings"] | run["data"]).items():
-            was = (before["settings"] | before["data"]).get(name)
-            if was != value and name not in MAY_CHANGE:
-                raise SettingError(
-                    f"--resume: {name} is {value!r} now, but was {was!r} in this run"
-                )
-    elif machine.rank == 0:
-        path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    new = {"settings": dataclasses.asdict(run.settings), "data": digests, "ranks": run.world}
+    new |= {"python": platform.python_version(), "torch": torch.__version__, "dtype": run.dtype}
+    if run.rank != 0:
+        return
+    kept = []
+    if run.settings.resume:
+        point, old = resume_point(run), json.loads(path.read_text(encoding="utf-8"))
+        for name, value in (new["settings"] | digests).items():
+            before = (old["settings"] | old["data"]).get(name)
+            if before != value and name not in MAY_CHANGE:
+                raise SettingError(f"--resume: {name} is {value!r}, but was {before!r} in this run")
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        saved = ("sft", "dpo").index(point["stage"]), point["step"]
+        kept = [r for r in rows if (("sft", "dpo").index(r["stage"]), r["step"]) <= saved]
+    path.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
-def train(settings: Settings, machine: Machine):
-    """Both stages, from the text to the final checkpoint."""
-    log, out = Log(settings, machine), Path(settings.out_dir)
-    grammar = data.Reviews(settings.seed) if settings.data == "reviews" else None
-    texts = load_examples(settings, grammar)
-    tokenizer = load_tokenizer(settings, machine, texts[0] + texts[2])
-    encoded = []
-    for examples, what in zip(texts, ("SFT", "SFT evaluation", "preferences", "evaluation")):
-        limits = settings.max_length, settings.max_prompt_length
-        encoded.append(data.encode_examples(examples, tokenizer, *limits) if examples else None)
+def train(run: Run):
+    """Both stages, from the text to the final checkpoint. (all ranks)"""
+    s, sets = run.settings, {}
+    texts = load_examples(s)
+    tokenizer = load_tokenizer(run, texts["sft"] + texts["pairs"])
+    for name, examples in texts.items():
         if examples:
-            log.say(
-                f"{what}: " + ", ".join(f"{n:,} {k}" for k, n in encoded[-1].counts.items() if n)
+            limits = s.max_length, s.max_prompt_length
+            sets[name] = data.encode_examples(examples, tokenizer, *limits)
+            counts = ", ".join(
+                f"{count:,} {what}" for what, count in sets[name].counts.items() if count
             )
-    sft_train, sft_eval, pairs, eval_pairs = encoded
-
-    resumed = resume_stage(settings)
-    sft_done = resumed == "dpo" and settings.sft_epochs
-    source = out / "reference" / "sft" if sft_done else settings.init_from
-    model = load_model(settings, tokenizer.vocab_size, source)
-    write_run(settings, machine, model, dict(zip(("sft", "sft_eval", "train", "eval"), encoded)))
-    log.say(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {machine.dtype} on "
-        f"{machine.world} × {machine.device.type}"
-    )
-    model = distribute(model, settings, machine)
-    if settings.sft_epochs and not sft_done:
+            run.say(f"{name}: {counts}")
+    start_records(run, sets)
+    sft_done = s.sft_epochs and resume_point(run)["stage"] == "dpo"
+    source = run.out / "reference" / "sft" if sft_done else s.init_from
+    model = load_model(s, tokenizer.vocab_size, source)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise SettingError(
+            f"--init_from: the tokenizer has more pieces than the model's {model.config.vocab_size}"
+        )
+    run.say(f"model: {size:,} parameters, {run.dtype} on {run.world} {run.device.type} process(es)")
+    model = distribute(model, run)
+    if s.sft_epochs and not sft_done:
         stage = Stage(
-            "sft", "sft", sft_train, sft_eval, settings.sft_epochs, settings.sft_learning_rate
+            "sft", "sft", sets["sft"], sets.get("sft eval"), s.sft_epochs, s.sft_learning_rate
         )
-        run_stage(stage, model, tokenizer, settings, machine, log)
-        save_model(model, tokenizer, out / "reference" / "sft", machine)
+        run_stage(stage, model, run)
+        save_model(model, tokenizer, run.out / "reference" / "sft", run)
 
-    # Before any state is resumed: the reference is the model that DPO starts from.
-    stage = Stage("dpo", settings.loss, pairs, eval_pairs, settings.epochs, settings.learning_rate)
-    arguments = settings, machine, log
-    stage.reference = compute_reference(model, pairs, *arguments, "the training pairs")
-    if eval_pairs:
-        stage.eval_reference = compute_reference(
-            model, eval_pairs, *arguments, "the evaluation pairs"
-        )
-    run_stage(stage, model, tokenizer, *arguments)
-    save_model(model, tokenizer, out, machine)
-    log.say(f"saved {out}")
+    # Before any state of this stage is resumed: the reference is the model that DPO starts from.
+    stage = Stage("dpo", s.loss, sets["pairs"], sets.get("eval pairs"), s.epochs, s.learning_rate)
+    stage.reference = compute_reference(model, stage.train, run, "training pairs")
+    if stage.eval:
+        stage.eval_reference = compute_reference(model, stage.eval, run, "evaluation pairs")
+    run_stage(stage, model, run)
+    save_model(model, tokenizer, run.out, run)
+    run.say(f"saved {run.out}")
 
 
 def main():
     try:
-        settings = parse_settings(sys.argv[1:])
-        machine = Machine(settings)
-        train(settings, machine)
+        run = Run(parse_settings(sys.argv[1:]))
+        train(run)
     except (SettingError, data.DataError, CheckpointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if settings.data == "reviews" and machine.rank == 0:
+    if run.settings.data == "reviews" and run.rank == 0:
         reference = (
-            f"{settings.out_dir}/reference/sft" if settings.sft_epochs else settings.init_from
+            run.out / "reference" / "sft" if run.settings.sft_epochs else run.settings.init_from
         )
         sampler = Path(__file__).with_name("sample.py")
-        options = [settings.out_dir, f"--compare={reference}", "--report"]
-        subprocess.run([sys.executable, sampler, *options], check=True)
+        subprocess.run(
+            [sys.executable, sampler, run.out, f"--compare={reference}", "--report"], check=True
+        )
 
 
 if __name__ == "__main__":
