@@ -66,14 +66,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, (T, 1, D), of the rotary embedding (Su et al., 2104.09864, rotate-half form).
+def rotary(positions: torch.Tensor, config: ModelConfig, dtype: torch.dtype):
+    """cos and sin, (T, 1, D) each, of the rotary embedding (Su et al., 2104.09864, rotate-half).
 
-    Computed here from the positions, in float32, so that no buffer can be rounded to bf16.
+    Computed from the positions in the residual stream's dtype, at least float32: no buffer that
+    could be rounded to bf16.
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
     frequency = config.rope_theta ** (-exponent / config.head_dim)  # (D/2,)
-    angle = positions.float()[:, None] * frequency  # (T, D/2)
+    angle = positions[:, None] * frequency  # (T, D/2)
     angle = torch.cat([angle, angle], dim=-1)[:, None]  # (T, 1, D)
     return angle.cos(), angle.sin()
 
@@ -302,10 +303,10 @@ class Transformer(nn.Module):
         """
         device = tokens.device
         attend = cache if segments is None else PackedAttention(segments, device, cache)
-        cos, sin = rotary(positions, self.config)
         x = self.embed_tokens(tokens)  # (T, C)
         # The residual stream stays in float32 even when FSDP gathers the weights in bf16.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        cos, sin = rotary(positions, self.config, x.dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)

@@ -1,0 +1,68 @@
+"""Tiny things that the tests share: a tokenizer, data sets, models, and the scripts as processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+import data  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+
+SHAPES = {  # tied and untied, multi-head and grouped-query, head_dim other than C / H
+    "tied": ModelConfig(97, 32, 64, 2, 4, 4, 8, tie_word_embeddings=True),
+    "grouped": ModelConfig(97, 32, 48, 3, 4, 2, 16, rope_theta=500.0),
+}
+
+
+def make_model(config: ModelConfig, scale: float = 8.0) -> Transformer:
+    """A random model in float64 whose probabilities are far from uniform."""
+    model = Transformer(config).init_weights(1).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale if parameter.dim() == 2 else 1.0)
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return model
+
+
+def random_dataset(sizes: list[list[int]], vocab: int = 97, seed: int = 0) -> data.Dataset:
+    """Trees of random ids; each of sizes is [prompt length, response lengths …]."""
+    rng = np.random.default_rng(seed)
+    return data.to_arrays([[rng.integers(3, vocab, n).tolist() for n in tree] for tree in sizes])
+
+
+def run_script(*arguments, ranks: int = 1, expect: int = 0, cwd=None) -> subprocess.CompletedProcess:
+    """Run train.py or sample.py as a user would; with ranks > 1 under torchrun."""
+    script, *rest = map(str, arguments)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / script), *rest]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment, cwd=cwd
+    )
+    assert result.returncode == expect, f"exit {result.returncode}:\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def read_metrics(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_jsonl(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> data.Tokenizer:
+    texts = ["The film is great, and the plot was slow.", "A hotel  was bad!", "2+2=4"] * 20
+    return data.Tokenizer.train(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 320)
