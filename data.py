@@ -64,18 +64,21 @@ class Tokenizer:
     def train(texts: Iterator[str], path: str | Path, vocab_size: int) -> "Tokenizer":
         """Train a byte-fallback BPE tokenizer, lossless as Llama's, write it to `path`, load it."""
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            hard_vocab_limit=False,
-            num_threads=1,
-            minloglevel=2,
-        )
+        options = {"byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+        options |= {"remove_extra_whitespaces": False, "hard_vocab_limit": False, "num_threads": 1}
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                **options,
+            )
+        except RuntimeError as error:
+            reason = str(error).rsplit("] ", 1)[-1].strip() or error
+            raise DataError(
+                f"vocab_size {vocab_size}: no tokenizer can be trained ({reason})"
+            ) from None
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(model.getvalue())
         return Tokenizer(path)

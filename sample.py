@@ -34,8 +34,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("checkpoint", help="directory with config.json, weights and tokenizer.model")
     add("--prompt", action="append", default=[], help="text to continue; may be given many times")
     add("--compare", metavar="OTHER", help="a second checkpoint, shown side by side")
-    add("--report", type=int, nargs="?", const=2000, metavar="N",
-        help="measure reward and KL to --compare on N samples of the reviews (default 2000)")
+    add(
+        "--report",
+        type=int,
+        nargs="?",
+        const=2000,
+        metavar="N",
+        help="measure reward and KL to --compare on N samples of the reviews (default 2000)",
+    )
     add("--n", type=int, default=1, help="completions of each prompt (default 1)")
     add("--max_new_tokens", type=int, default=256, help="at most so many tokens (default 256)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import inspect
 import json
@@ -57,7 +58,7 @@ class Settings:
     sft_learning_rate: float = 1e-5  # peak of the SFT stage
     lr_schedule: str = "linear"  # after the warmup: constant, linear or cosine (both to 0)
     warmup_steps: int = 20  # of linear warmup, in each stage
-    weight_decay: float = 0.0  # decoupled, on matrices; adamw only
+    weight_decay: float = 0.0  # in both stages; decoupled, on matrices; adamw only
     grad_clip: float = 1.0  # largest norm of a step's gradient; 0: no clipping
     batch_size: int = 64  # pairs (SFT: demonstrations) per optimizer step, over all ranks
     epochs: int = 1  # of the DPO stage
@@ -89,7 +90,7 @@ class Settings:
 
 
 # What the built-in experiment changes, where the command line does not: a small model from nothing.
-REVIEWS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2.5e-4, "sft_learning_rate": 4e-3}
+REVIEWS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
 CHOICES = {
     "loss": [name for name in dpo.LOSSES if name != "sft"],
     "optimizer": ["adamw", "rmsprop"],
@@ -193,9 +194,12 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.settings, self.out = settings, Path(settings.out_dir)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+        )
         cuda = torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
@@ -218,11 +222,11 @@ class Run:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def sum(self, values) -> torch.Tensor:
-        """Sum over the ranks, in float64, on the CPU. (all ranks)"""
+    def reduce(self, values, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+        """Sum (or other reduction) over the ranks, in float64, on the CPU. (all ranks)"""
         values = torch.as_tensor(values, dtype=torch.float64).to(self.device)
         if self.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, operation)
         return values.cpu()
 
     def wait(self):
@@ -244,13 +248,14 @@ class Run:
 
 
 def load_examples(settings: Settings) -> dict[str, list[data.Example]]:
-    """The text: what SFT and DPO train on, and what each is evaluated on."""
+    """The text: what SFT (if there is any) and DPO train on, and what each is evaluated on."""
     if settings.data == "reviews":
         grammar = data.Reviews(settings.seed)
         deterministic = settings.review_labels == "deterministic"
+        demonstrations = settings.review_demonstrations if settings.sft_epochs else 0
         return {
-            "sft": grammar.demonstrations(settings.review_demonstrations, "train"),
-            "sft eval": grammar.demonstrations(2000, "eval"),
+            "sft": grammar.demonstrations(demonstrations, "train"),
+            "sft eval": grammar.demonstrations(2000 if settings.sft_epochs else 0, "eval"),
             "pairs": grammar.preferences(settings.review_pairs, "train", deterministic),
             "eval pairs": grammar.preferences(1000, "eval", deterministic),
         }
@@ -258,11 +263,12 @@ def load_examples(settings: Settings) -> dict[str, list[data.Example]]:
     def read(paths: str, load) -> list[data.Example]:
         return [example for path in paths.split(",") if path for example in load(path)]
 
-    texts = {"sft": read(settings.sft_data, data.load_demonstrations)}
-    texts["pairs"] = read(settings.data, data.load_preferences)
+    texts = {"sft": [], "sft eval": [], "pairs": read(settings.data, data.load_preferences)}
     texts["eval pairs"] = read(settings.eval_data, data.load_preferences)
-    texts["sft"] = texts["sft"] or [data.demonstration(pair) for pair in texts["pairs"]]
-    texts["sft eval"] = [data.demonstration(pair) for pair in texts["eval pairs"]]
+    if settings.sft_epochs:
+        texts["sft"] = read(settings.sft_data, data.load_demonstrations)
+        texts["sft"] = texts["sft"] or [data.demonstration(pair) for pair in texts["pairs"]]
+        texts["sft eval"] = [data.demonstration(pair) for pair in texts["eval pairs"]]
     return texts
 
 
@@ -359,11 +365,11 @@ def compute_reference(model, dataset: data.Dataset, run: Run, what: str) -> torc
     key, size = dpo.reference_key(model, dataset, numerics), len(dataset.response_lengths())
     places = [run.out / "reference", *sorted(run.out.parent.glob("*/reference"))]
     values, verb = dpo.find_reference(key, places, size), "reused"
-    if run.sum(values is not None) < run.world:
+    if run.reduce(values is not None) < run.world:
         verb = "computed"
         with run.autocast():
             batches = micro_batches(dataset, whole_plan(dataset, run), run)
-            values, seen = run.sum(dpo.reference_logps(model, batches, size))
+            values, seen = run.reduce(dpo.reference_logps(model, batches, size))
         assert (seen == 1).all(), "every response is visited exactly once, on one rank"
         values = values.float().numpy()
     run.say(f"reference: {size:,} log-probs of the {what} {verb} ({key})")
@@ -396,7 +402,7 @@ class Totals:
 
     def average(self, prefix: str, run: Run) -> tuple[dict, dict]:
         """(averages over all pairs of all ranks, rates per second). (all ranks)"""
-        values = run.sum([float(value) for value in self.sums.values()]).tolist()
+        values = run.reduce([float(value) for value in self.sums.values()]).tolist()
         sums, seconds = dict(zip(self.sums, values)), time.perf_counter() - self.started
         rates = {f"{name}_per_second": sums[name] / seconds for name in ("pairs", "tokens")}
         return {f"{prefix}/{k}": v for k, v in dpo.average_metrics(sums).items()}, rates
@@ -425,18 +431,18 @@ def check_start(stage: Stage, model, plan: list, run: Run):
         loss, worst = loss + total.item(), max(worst, logratios.abs().max().item())
         initial = dpo.initial_loss(stage.loss, s.beta, s.label_smoothing)
         theory += initial * batch.weights.sum().item()
-    failed = not (worst <= tolerance and abs(loss - theory) <= tolerance * (1 + abs(theory)))
-    loss, theory, failed = run.sum([loss, theory, failed]).tolist()
-    if failed:
-        raise SettingError(
-            f"before the first step policy and reference must agree to {tolerance} nats, but "
-            f"differ by {worst:.3g}: delete {run.out / 'reference'} to have it computed anew"
-        )
+    loss, theory = run.reduce([loss, theory]).tolist()
+    worst = run.reduce(worst, dist.ReduceOp.MAX).item()
     count = sum(len(examples) for rank in plan for examples in rank)
     run.say(
         f"step 0: {stage.loss} loss {loss / count:.6f}, in theory {theory / count:.6f}; "
         f"largest log-ratio {worst:.1e} nats (tolerance {tolerance})"
     )
+    if not (worst <= tolerance and abs(loss - theory) <= tolerance * (count + abs(theory))):
+        raise SettingError(
+            f"before the first step policy and reference must agree to {tolerance} nats, but "
+            f"differ by {worst:.3g}: delete {run.out / 'reference'} to have it computed anew"
+        )
 
 
 def learning_rate(step: int, steps: int, peak: float, settings: Settings) -> float:
@@ -470,7 +476,6 @@ def train_step(stage: Stage, model, optimizer, plan: list, totals: Totals, run: 
         totals.add(sums)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.settings.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    # Every rank counts its pairs: weighted by them, the average over the step is the norm itself.
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -656,19 +661,19 @@ def main():
         run = Run(parse_settings(sys.argv[1:]))
         train(run)
     except (SettingError, data.DataError, CheckpointError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
+        run.wait()
+        gc.collect()  # nothing may hold gloo's threads when the interpreter ends, or it can abort
         dist.destroy_process_group()
-    if run.settings.data == "reviews" and run.rank == 0:
-        reference = (
-            run.out / "reference" / "sft" if run.settings.sft_epochs else run.settings.init_from
-        )
+    s = run.settings
+    reference = run.out / "reference" / "sft" if s.sft_epochs else s.init_from
+    if s.data == "reviews" and reference and run.rank == 0:
         sampler = Path(__file__).with_name("sample.py")
-        subprocess.run(
-            [sys.executable, sampler, run.out, f"--compare={reference}", "--report"], check=True
-        )
+        command = [sys.executable, sampler, run.out, f"--compare={reference}", "--report"]
+        sys.exit(subprocess.run(command).returncode)
 
 
 if __name__ == "__main__":

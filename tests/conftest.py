@@ -40,16 +40,20 @@ def random_dataset(sizes: list[list[int]], vocab: int = 97, seed: int = 0) -> da
     return data.to_arrays([[rng.integers(3, vocab, n).tolist() for n in tree] for tree in sizes])
 
 
-def run_script(*arguments, ranks: int = 1, expect: int = 0, cwd=None) -> subprocess.CompletedProcess:
+def run_script(
+    *arguments, ranks: int = 1, expect: int = 0, cwd=None
+) -> subprocess.CompletedProcess:
     """Run train.py or sample.py as a user would; with ranks > 1 under torchrun."""
     script, *rest = map(str, arguments)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     command = [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / script), *rest]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=environment, cwd=cwd
     )
-    assert result.returncode == expect, f"exit {result.returncode}:\n{result.stdout}\n{result.stderr}"
+    assert result.returncode == expect, (
+        f"exit {result.returncode}:\n{result.stdout}\n{result.stderr}"
+    )
     return result
 
 
@@ -60,6 +64,11 @@ def read_metrics(out_dir) -> list[dict]:
 def write_jsonl(path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

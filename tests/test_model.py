@@ -70,13 +70,17 @@ def test_packed_shared_chunked_equals_plain(shape, monkeypatch):
     model, dataset = make_model(SHAPES[shape]), random_dataset(SIZES)
     batch = data.collate(dataset, np.arange(len(SIZES)))
     logps = dpo.sequence_logps(model, batch)
-    plain = torch.stack([x for tree in range(len(SIZES)) for x in plain_logps(model, dataset, tree)])
+    plain = torch.stack(
+        [x for tree in range(len(SIZES)) for x in plain_logps(model, dataset, tree)]
+    )
     torch.testing.assert_close(logps, plain, rtol=0, atol=1e-9)
     weights = torch.randn(len(plain), dtype=torch.float64)
     packed_grads = torch.autograd.grad((logps * weights).sum(), list(model.parameters()))
     plain_grads = torch.autograd.grad((plain * weights).sum(), list(model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), packed_grads, plain_grads):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_batch_mates_order_and_checkpointing_do_not_matter():
@@ -89,7 +93,9 @@ def test_batch_mates_order_and_checkpointing_do_not_matter():
         model.activation_checkpointing = True
         again = dpo.sequence_logps(model.train(), batch)
         grads = [torch.autograd.grad(x.sum(), list(model.parameters())) for x in (logps, again)]
-        assert torch.equal(logps, again) and all(map(torch.equal, *grads)), "recomputed, not changed"
+        assert torch.equal(logps, again) and all(map(torch.equal, *grads)), (
+            "recomputed, not changed"
+        )
         model.activation_checkpointing = False
 
 
@@ -212,9 +218,7 @@ def test_checkpoint_round_trip_and_transformers(shape, with_safetensors, tmp_pat
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     ids = [5, 6, 7, 8, 50, 96, 3]
-    ours = model(
-        torch.tensor(ids), torch.arange(7), torch.tensor([[0, 0, 0, 7]]), torch.arange(7)
-    )
+    ours = model(torch.tensor(ids), torch.arange(7), torch.tensor([[0, 0, 0, 7]]), torch.arange(7))
     torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], ours, rtol=1e-4, atol=1e-4)
     monkeypatch.undo()
     theirs.save_pretrained(tmp_path / "theirs")  # and their config.json opens here

@@ -1,0 +1,348 @@
+"""The real scripts, end to end: one process and several, stopped and resumed, misused."""
+
+import ast
+import itertools
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_script, write_jsonl
+
+import data
+import train
+from model import load_pretrained
+
+TINY = (
+    "--hidden_size=32 --num_layers=2 --num_heads=2 --vocab_size=400 --review_demonstrations=70 "
+    "--review_pairs=29 --batch_size=8 --micro_batch_tokens=110 --log_every=2 --warmup_steps=2"
+).split()
+
+
+def train_here(out_dir, *flags) -> train.Run:
+    """train.py in this process, without its report."""
+    run = train.Run(train.parse_settings([*TINY, f"--out_dir={out_dir}", *flags]))
+    train.train(run)
+    return run
+
+
+def weights(out_dir) -> dict[str, torch.Tensor]:
+    return load_pretrained(out_dir).state_dict()
+
+
+def without_rates(rows: list[dict]) -> list[dict]:
+    rates = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
+    return [{k: v for k, v in row.items() if k not in rates} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished tiny run by the script itself, with its report, in a directory of its own."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    return out, run_script("train.py", *TINY, f"--out_dir={out}", cwd=out.parent).stdout
+
+
+def test_the_built_in_experiment_end_to_end(done):
+    out, printed = done
+    for phrase in (
+        "step 0: dpo loss 0.693147, in theory 0.693147",
+        "R*(KL)",
+        "accepted",
+        "KL(π‖π_ref)",
+    ):
+        assert phrase in printed
+    assert {"config.json", "tokenizer.model", "run.json", "metrics.jsonl"} <= {
+        p.name for p in out.iterdir()
+    }
+    run = json.loads((out / "run.json").read_text())
+    assert run["settings"]["beta"] == train.REVIEWS["beta"] and run["torch"] == torch.__version__
+    rows = read_metrics(out)
+    assert [(r["stage"], r["step"]) for r in rows if "eval/loss" in r] == [
+        ("sft", 0), ("sft", 9), ("dpo", 0), ("dpo", 4)
+    ]  # fmt: skip
+    last = next(r for r in reversed(rows) if "train/loss" in r)
+    names = """loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies rewards/ties
+        logps/chosen logps/rejected logps_per_token/chosen gradient_weight saturated both_fell
+        length_correlation grad_norm learning_rate""".split()
+    assert all(math.isfinite(last[f"train/{name}"]) for name in names)
+    sft = [r["train/loss"] for r in rows if r["stage"] == "sft" and "train/loss" in r]
+    assert sft[-1] < sft[0], "it learns something"
+    reference, policy = weights(out / "reference" / "sft"), weights(out)
+    moved = [not torch.equal(policy[name], reference[name]) for name in policy]
+    assert all(moved), "DPO reaches every parameter, and the reference is kept apart"
+
+
+def test_reference_is_reused_and_checked(done, tmp_path):
+    """Another β beside it reuses; another precision does not; a corrupted cache is refused at step
+    0, and where it is within tolerance the loss moves as predicted."""
+    out, _ = done
+    start = [*TINY[4:], f"--init_from={out / 'reference' / 'sft'}", "--sft_epochs=0"]
+    again = run_script(
+        "train.py", *start, "--beta=0.3", f"--out_dir={out.parent / 'second'}"
+    ).stdout
+    assert again.count("reused") == 2 and "computed" not in again
+    half = run_script(
+        "train.py", *start, "--dtype=bfloat16", f"--out_dir={out.parent / 'half'}"
+    ).stdout
+    assert half.count("computed") == 2 and "reused" not in half
+    cache = tmp_path / "third" / "reference"
+    shutil.copytree(out.parent / "second" / "reference", cache)
+    originals = {path: np.load(path) for path in cache.glob("*.npy")}
+
+    def run_with(shift: float, expect: int):
+        for path, values in originals.items():
+            values = values.copy()
+            values[0::2] += shift  # the chosen responses
+            np.save(path, values)
+        arguments = ["--beta=1", "--max_steps=1", f"--out_dir={cache.parent}"]
+        return run_script("train.py", *start, *arguments, expect=expect)
+
+    refused = run_with(1.0, expect=2).stderr
+    assert "must agree to 0.01 nats" in refused and "Traceback" not in refused
+    run_with(0.005, expect=0)
+    loss = read_metrics(cache.parent)[0]["eval/loss"]
+    assert loss == pytest.approx(math.log1p(math.exp(0.005)), abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_equal_one(ranks, tmp_path):
+    """Weights and metrics, with clipping active, accumulation, packing that differs between ranks,
+    and a last batch smaller than the ranks, so that one of them has nothing to do."""
+    flags = ["--grad_clip=0.05", "--review_pairs=25", "--eval_every=3", "--max_steps=4",
+             "--review_demonstrations=25", "--weight_decay=0.1", "--dtype=float32"]  # fmt: skip
+    train_here(tmp_path / "one", *flags)
+    run_script("train.py", *TINY, *flags, f"--out_dir={tmp_path / 'many'}", ranks=ranks)
+    one, many = (without_rates(read_metrics(tmp_path / name)) for name in ("one", "many"))
+    assert len(one) == len(many) > 6
+    assert all(row["train/grad_norm"] > 0.05 for row in one if "train/grad_norm" in row)
+    for a, b in zip(one, many):
+        for name, value in a.items():
+            close = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=2e-4)
+            assert b[name] == close, name
+    for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "many").values()):
+        torch.testing.assert_close(
+            a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_every_pair_is_seen_once_an_epoch(tmp_path, monkeypatch):
+    seen = []
+    collate = data.collate
+    monkeypatch.setattr(
+        data, "collate", lambda d, e: seen.append((len(d), e.tolist())) or collate(d, e)
+    )
+    train_here(tmp_path, "--epochs=2", "--sft_epochs=0")
+    examples = sorted(itertools.chain(*(e for size, e in seen if size == 29)))
+    # twice in training, once for the reference, and the first step once more for its check
+    counts = np.bincount(examples)
+    assert sorted(counts.tolist()) == [3] * 21 + [4] * 8
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [4, 8, 12])  # in SFT, at its last state, in DPO
+def test_resume_is_bit_identical(stop_at, tmp_path, monkeypatch):
+    """Stopped at a step and resumed, with the reference cache gone: the same weights and metrics."""
+    flags = ["--save_every=3", "--epochs=2"]
+    train_here(tmp_path / "whole", *flags)
+    step, calls = train.train_step, itertools.count(1)
+
+    def stopping(*arguments):
+        if next(calls) == stop_at + 1:
+            raise Stop
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    with pytest.raises(Stop):
+        train_here(tmp_path / "parts", *flags)
+    monkeypatch.undo()
+    for cached in [*tmp_path.glob("*/reference/*.npy")]:
+        cached.unlink()
+    with pytest.raises(train.SettingError, match="beta is 0.7, but was 1.0"):
+        train_here(tmp_path / "parts", *flags, "--resume", "--beta=0.7")
+    train_here(tmp_path / "parts", *flags, "--resume")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    rows = [without_rates(read_metrics(tmp_path / name)) for name in ("whole", "parts")]
+    assert [(r["stage"], r["step"]) for r in rows[0]] == [(r["stage"], r["step"]) for r in rows[1]]
+    assert rows[0][-1] == rows[1][-1]
+
+
+def test_your_own_files(tmp_path):
+    """Preference files, a ranking among them, from scratch; then bad input, through the script."""
+    words = "good bad fine poor nice dull".split()
+    rows = [{"prompt": f"Rate film {i}:", "chosen": f" It is {words[i % 3]}.",
+             "rejected": f" It is {words[3 + i % 3]} {i}."} for i in range(12)]  # fmt: skip
+    rows.append({"prompt": "Rank:", "responses": [" a b", " c d", " e f"]})
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    out = tmp_path / "out"
+    model = "--hidden_size=16 --num_layers=1 --num_heads=1 --vocab_size=300 --learning_rate=1e-3".split()
+    files = [f"--data={path},{path}", f"--eval_data={path}", f"--sft_data={path}"]
+    printed = run_script(
+        "train.py", *model, *files, f"--out_dir={out}", "--lr_schedule=cosine"
+    ).stdout
+    assert "pairs: 26 examples" in printed and "reward before" not in printed
+    assert load_pretrained(out).config.hidden_size == 16
+    shown = run_script("sample.py", out, "--prompt", "Rate film 3:", "--max_new_tokens=5").stdout
+    assert shown.startswith("Rate film 3:")
+    both = run_script("sample.py", out, "--compare", out / "reference" / "sft", "--prompt", "A",
+                      "--prompt", "B", "--n=2", "--max_new_tokens=4").stdout  # fmt: skip
+    assert both.count("\nA\n") == both.count("\nB\n") == 2
+
+    bad = write_jsonl(tmp_path / "bad.jsonl", [rows[0], {"prompt": "x", "chosen": "y"}])
+    for script, arguments, message in (
+        (
+            "train.py",
+            [f"--data={bad}", f"--out_dir={out}2"],
+            f"{bad}:2: field 'rejected' is missing",
+        ),
+        ("train.py", ["--bata=0.1"], "unknown setting --bata: did you mean --beta?"),
+        ("sample.py", [tmp_path / "none", "--prompt=x"], "config.json: not found"),
+    ):
+        error = run_script(script, *arguments, expect=2).stderr
+        assert error == f"{script}: {message}\n" or message in error
+        assert error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ("--beta=much", "argument --beta: invalid float value: 'much'"),
+    ("--batch_size=1.5", "argument --batch_size: invalid int value"),
+    ("--loss=dpoo", "argument --loss: invalid choice: 'dpoo'"),
+    ("--resume=maybe", "expected true or false"),
+    ("--beta=0", "--beta must be greater than 0"),
+    ("--learning_rate=-1", "--learning_rate must be a number of at least 0"),
+    ("--learning_rate=nan", "--learning_rate must be a number of at least 0"),
+    ("--max_prompt_length=512", "responses need room"),
+    ("--label_smoothing=0.5", "less than 0.5"),
+    ("--hidden_size=30", "multiple of twice --num_heads"),
+    ("--loss=ipo --label_smoothing=0.1", "--label_smoothing would be ignored: --loss=ipo"),
+    ("--init_from=x --num_layers=3", "--num_layers would be ignored: --init_from"),
+    ("--tokenizer=x --vocab_size=30", "--vocab_size would be ignored: --tokenizer"),
+    ("--eval_data=x", "--eval_data would be ignored: --data=reviews"),
+    ("--data=x --review_pairs=5", "--review_pairs would be ignored"),
+    ("--data=x --eval_every=5", "--eval_every would be ignored"),
+    ("--sft_epochs=0 --sft_learning_rate=1", "--sft_learning_rate would be ignored"),
+    ("--optimizer=rmsprop --weight_decay=1", "--weight_decay would be ignored"),
+])  # fmt: skip
+def test_unusable_settings_are_refused(flags, message):
+    with pytest.raises(train.SettingError, match=re.escape(message)) as error:
+        train.parse_settings(flags.split())
+    assert "\n" not in str(error.value)
+
+
+def test_more_misuse_is_refused(tmp_path):
+    with pytest.raises(train.SettingError, match="only a run with --save_every"):
+        train_here(tmp_path, "--resume")
+    with pytest.raises(train.SettingError, match="diverged"):
+        train_here(tmp_path, "--sft_learning_rate=1e30", "--max_steps=4")
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(data.DataError, match="not a SentencePiece model"):
+        train.train(
+            train.Run(
+                train.parse_settings(
+                    [f"--tokenizer={tmp_path}/junk.model", f"--out_dir={tmp_path}"]
+                )
+            )
+        )
+    for flags, message in (
+        ([], "give --prompt"), (["--report"], "name it with --compare"), (["--prompt=x", "--top_p=0"], "--top_p"),
+        (["--prompt=x", "--n=0"], "--n must be"), (["--bogus", "--prompt=x"], "unrecognized"),
+    ):  # fmt: skip
+        error = run_script("sample.py", tmp_path, *flags, expect=2).stderr
+        assert message in error and error.count("\n") == 1
+
+
+def test_options_do_something(tmp_path):
+    """Each option changes the trained weights; the schedules are the functions they are named for."""
+    base = ["--max_steps=2", "--sft_epochs=0"]
+    train_here(tmp_path / "base", *base)
+    before = weights(tmp_path / "base")
+    for n, flag in enumerate((
+        "--loss=ipo", "--beta=2", "--label_smoothing=0.3", "--optimizer=rmsprop", "--weight_decay=9",
+        "--learning_rate=1e-3", "--lr_schedule=constant", "--warmup_steps=5", "--grad_clip=0.01",
+        "--seed=1", "--shuffle=false", "--review_labels=deterministic", "--dtype=bfloat16",
+    )):  # fmt: skip
+        train_here(tmp_path / str(n), *base, flag)
+        after = weights(tmp_path / str(n))
+        assert any(before[name].shape != after[name].shape or not torch.equal(before[name], after[name])
+                   for name in before), flag  # fmt: skip
+    train_here(tmp_path / "checkpointed", *base, "--activation_checkpointing")
+    assert all(
+        torch.equal(a, weights(tmp_path / "checkpointed")[name]) for name, a in before.items()
+    )
+    rates = {
+        name: [train.learning_rate(step, 10, 1.0, train.parse_settings(
+            ["--warmup_steps=2", f"--lr_schedule={name}"])) for step in range(10)]
+        for name in ("constant", "linear", "cosine")
+    }  # fmt: skip
+    assert all(rate[:3] == [0.5, 1.0, 1.0] for rate in rates.values())
+    assert rates["constant"][3:] == [1.0] * 7
+    assert rates["linear"][6] == 0.5 == pytest.approx(rates["cosine"][6])
+    assert rates["linear"][9] == pytest.approx(1 / 8)
+
+
+def test_a_step_at_5e_7_moves_most_parameters(tmp_path):
+    """Master weights are float32 also under bf16: in bf16 such a step would round to nothing."""
+    flags = ["--sft_epochs=0", "--learning_rate=5e-7", "--max_steps=1", "--warmup_steps=0"]
+    run = train_here(tmp_path, *flags, "--dtype=bfloat16")
+    after = weights(tmp_path)
+    tokenizer = data.Tokenizer(tmp_path / "tokenizer.model")
+    before = train.load_model(run.settings, tokenizer.vocab_size, "").state_dict()
+    matrices = [name for name in before if "layers" in name and before[name].dim() == 2]
+    moved = torch.cat([(before[name] != after[name]).flatten() for name in matrices])
+    assert moved.float().mean() > 0.9
+
+
+def test_wandb_offline(tmp_path):
+    pytest.importorskip("wandb")
+    train_here(tmp_path, "--max_steps=1", "--sft_epochs=0", "--wandb=offline").wandb.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_compile(tmp_path):
+    flags = ["--max_steps=2", "--sft_epochs=0"]
+    train_here(tmp_path / "eager", *flags)
+    train_here(tmp_path / "compiled", *flags, "--compile")
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_readme_settings_and_lines():
+    """Every --flag of the README exists, and the line counts it gives are near the truth."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    options = set(re.findall(r'"--(\w+)"', (ROOT / "sample.py").read_text(encoding="utf-8")))
+    known = set(train.Settings.__dataclass_fields__) | options
+    known |= {"help", "nproc_per_node", "standalone"}
+    used = set(re.findall(r"--(\w+)", readme))
+    assert used and used <= known, used - known
+    for name, lines in re.findall(r"\| `(\w+\.py)` \| (\d+) \|", readme):
+        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines"
+
+
+def test_import_order():
+    """Leaves know nothing of each other, of ranks or of flags; nobody imports a root."""
+    outside = {"torch", "numpy", "sentencepiece", "safetensors", "wandb"}
+    leaves, roots = {"model", "data", "dpo"}, {"train", "sample"}
+    for name in leaves | roots:
+        text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        imported = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+        top = {module.split(".")[0] for module in imported}
+        assert not top & roots
+        if name in leaves:
+            assert not top & (leaves | {"argparse", "os", "wandb"}), name
+            assert not any("distributed" in module for module in imported), name
+        foreign = top - outside - leaves
+        assert all(module in __import__("sys").stdlib_module_names for module in foreign), foreign
