@@ -355,6 +355,19 @@ def whole_plan(dataset: data.Dataset, run: Run) -> list:
     return next(data.plan_epoch(lengths, len(lengths), budget, run.world))
 
 
+@contextlib.contextmanager
+def inference(model, run: Run):
+    """Forward passes without gradients. (all ranks)
+
+    FSDP leaves the root's weights gathered after a forward that no backward follows. Sharded again
+    they are what an optimizer or a checkpoint must take for the parameters.
+    """
+    with torch.no_grad():
+        yield
+    if run.world > 1:
+        model.reshard()
+
+
 def compute_reference(model, dataset: data.Dataset, run: Run, what: str) -> torch.Tensor:
     """log π_ref of every response, (responses,): from a cache, or by one pass over the data.
 
@@ -367,7 +380,7 @@ def compute_reference(model, dataset: data.Dataset, run: Run, what: str) -> torc
     values, verb = dpo.find_reference(key, places, size), "reused"
     if run.reduce(values is not None) < run.world:
         verb = "computed"
-        with run.autocast():
+        with inference(model, run), run.autocast():
             batches = micro_batches(dataset, whole_plan(dataset, run), run)
             values, seen = run.reduce(dpo.reference_logps(model, batches, size))
         assert (seen == 1).all(), "every response is visited exactly once, on one rank"
@@ -408,16 +421,15 @@ class Totals:
         return {f"{prefix}/{k}": v for k, v in dpo.average_metrics(sums).items()}, rates
 
 
-@torch.no_grad()
 def evaluate(stage: Stage, model, run: Run) -> dict:
     """The stage's metrics on its fixed evaluation set. (all ranks)"""
     totals = Totals()
-    for batch in micro_batches(stage.eval, whole_plan(stage.eval, run), run):
-        totals.add(batch_loss(stage, model, batch, stage.eval_reference, run)[1])
+    with inference(model, run):
+        for batch in micro_batches(stage.eval, whole_plan(stage.eval, run), run):
+            totals.add(batch_loss(stage, model, batch, stage.eval_reference, run)[1])
     return totals.average("eval", run)[0]
 
 
-@torch.no_grad()
 def check_start(stage: Stage, model, plan: list, run: Run):
     """Before the first step the policy is the reference: check that the numbers say so. (all ranks)
 
@@ -426,11 +438,12 @@ def check_start(stage: Stage, model, plan: list, run: Run):
     """
     loss, theory, worst = 0.0, 0.0, 0.0
     s, tolerance = run.settings, 0.5 if run.dtype == "bfloat16" else 0.01  # nats
-    for batch in micro_batches(stage.train, plan, run):
-        total, _, logratios = batch_loss(stage, model, batch, stage.reference, run)
-        loss, worst = loss + total.item(), max(worst, logratios.abs().max().item())
-        initial = dpo.initial_loss(stage.loss, s.beta, s.label_smoothing)
-        theory += initial * batch.weights.sum().item()
+    initial = dpo.initial_loss(stage.loss, s.beta, s.label_smoothing)
+    with inference(model, run):
+        for batch in micro_batches(stage.train, plan, run):
+            total, _, logratios = batch_loss(stage, model, batch, stage.reference, run)
+            loss, theory = loss + total.item(), theory + initial * batch.weights.sum().item()
+            worst = max(worst, logratios.abs().max().item())
     loss, theory = run.reduce([loss, theory]).tolist()
     worst = run.reduce(worst, dist.ReduceOp.MAX).item()
     count = sum(len(examples) for rank in plan for examples in rank)
@@ -617,7 +630,7 @@ def start_records(run: Run, sets: dict[str, data.Dataset]):
 
 def train(run: Run):
     """Both stages, from the text to the final checkpoint. (all ranks)"""
-    s, sets = run.settings, {}
+    s, sets, resumed = run.settings, {}, resume_point(run)["stage"]
     texts = load_examples(s)
     tokenizer = load_tokenizer(run, texts["sft"] + texts["pairs"])
     for name, examples in texts.items():
@@ -629,7 +642,7 @@ def train(run: Run):
             )
             run.say(f"{name}: {counts}")
     start_records(run, sets)
-    sft_done = s.sft_epochs and resume_point(run)["stage"] == "dpo"
+    sft_done = s.sft_epochs and resumed == "dpo"
     source = run.out / "reference" / "sft" if sft_done else s.init_from
     model = load_model(s, tokenizer.vocab_size, source)
     size = sum(parameter.numel() for parameter in model.parameters())

@@ -201,7 +201,7 @@ def test_your_own_files(tmp_path):
             [f"--data={bad}", f"--out_dir={out}2"],
             f"{bad}:2: field 'rejected' is missing",
         ),
-        ("train.py", ["--bata=0.1"], "unknown setting --bata: did you mean --beta?"),
+        ("train.py", ["--betta=0.1"], "unknown setting --betta: did you mean --beta?"),
         ("sample.py", [tmp_path / "none", "--prompt=x"], "config.json: not found"),
     ):
         error = run_script(script, *arguments, expect=2).stderr
@@ -259,7 +259,7 @@ def test_more_misuse_is_refused(tmp_path):
 
 def test_options_do_something(tmp_path):
     """Each option changes the trained weights; the schedules are the functions they are named for."""
-    base = ["--max_steps=2", "--sft_epochs=0"]
+    base = ["--max_steps=4", "--sft_epochs=0"]
     train_here(tmp_path / "base", *base)
     before = weights(tmp_path / "base")
     for n, flag in enumerate((
