@@ -35,7 +35,7 @@ class DataError(ValueError):
 class Tokenizer:
     """A SentencePiece model, with the one rule that DPO needs: responses continue their prompt.
 
-    Prompt and response are encoded apart and joined, so that the ids of a prompt never depend on its
+    Prompt and response are encoded apart and joined, so that a prompt's ids never depend on its
     response, and `decode(prompt_ids + response_ids) == prompt + response` (for models without text
     normalisation, as Llama's). User text never yields control ids such as BOS and EOS.
     """
@@ -132,11 +132,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: the file is empty")
 
 
-def text_field(row: dict, name: str, where: str, value=None) -> str:
-    """The text `row[name]` (or `value` out of it), checked."""
+def text_field(row: dict, name: str, where: str) -> str:
     if name not in row:
         raise DataError(f"{where}: field '{name}' is missing")
-    value = row[name] if value is None else value
+    value = row[name]
     if not isinstance(value, str):
         raise DataError(f"{where}: field '{name}' must be text, found {type(value).__name__}")
     if name != "prompt" and not value:
@@ -146,13 +145,13 @@ def text_field(row: dict, name: str, where: str, value=None) -> str:
     return value
 
 
-def parse_row(where: str, row: dict) -> Example:
+def parse_preference(where: str, row: dict) -> Example:
     prompt = text_field(row, "prompt", where)
     if "responses" in row:
         ranked = row["responses"]
         if not isinstance(ranked, list) or len(ranked) < 2:
             raise DataError(f"{where}: field 'responses' must list two responses or more")
-        responses = tuple(text_field(row, "responses", where, value=text) for text in ranked)
+        responses = tuple(text_field({"responses": text}, "responses", where) for text in ranked)
     else:
         responses = tuple(text_field(row, name, where) for name in ("chosen", "rejected"))
     if len(set(responses)) < len(responses):
@@ -163,26 +162,27 @@ def parse_row(where: str, row: dict) -> Example:
     return Example(prompt, responses, float(weight), where)
 
 
+def parse_demonstration(where: str, row: dict) -> Example:
+    if "response" not in row:
+        return demonstration(parse_preference(where, row))
+    texts = (text_field(row, name, where) for name in ("prompt", "response"))
+    return Example(next(texts), (next(texts),), where=where)
+
+
+def demonstration(example: Example) -> Example:
+    """What SFT takes from a preference: its best response."""
+    return example._replace(responses=example.responses[:1])
+
+
 def load_preferences(path: str | Path) -> list[Example]:
     """Read a preference file: `prompt`, `chosen`, `rejected` or `prompt`, `responses` (best first),
     and an optional `weight`, on every line. Other fields are left alone. Raises DataError."""
-    return [parse_row(where, row) for where, row in read_jsonl(path)]
+    return [parse_preference(where, row) for where, row in read_jsonl(path)]
 
 
 def load_demonstrations(path: str | Path) -> list[Example]:
     """Read what SFT trains on: `prompt`, `response` on every line, or the best of a preference."""
-    examples = []
-    for where, row in read_jsonl(path):
-        if "response" in row:
-            texts = text_field(row, "prompt", where), (text_field(row, "response", where),)
-            examples.append(Example(*texts, where=where))
-        else:
-            examples.append(demonstration(parse_row(where, row)))
-    return examples
-
-
-def demonstration(example: Example) -> Example:
-    return example._replace(responses=example.responses[:1])
+    return [parse_demonstration(where, row) for where, row in read_jsonl(path)]
 
 
 @dataclass(frozen=True)
@@ -369,6 +369,11 @@ def pack(lengths: np.ndarray, examples: np.ndarray, budget: int, world_size: int
         count += 1 + count // 16
 
 
+def examples_of(step: list[list]) -> np.ndarray:
+    """The examples of a planned step, of all its ranks and micro-batches."""
+    return np.concatenate([examples for rank in step for examples in rank])
+
+
 def plan_epoch(
     lengths: np.ndarray, batch_size: int, budget: int, world_size: int, seed: tuple | None = None
 ) -> Iterator[list[list]]:
@@ -479,7 +484,8 @@ class Reviews:
 
     def mean(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """Mean over the evaluation prompts of something known for each kind."""
-        return np.mean([values[prompt.split()[4]] for prompt in self.prompts["eval"]], axis=0)
+        counts = Counter(prompt.split()[4] for prompt in self.prompts["eval"])
+        return sum(count * values[kind] for kind, count in counts.items()) / counts.total()
 
     def entropy(self) -> float:
         """Exact entropy of a response given its prompt, in nats, mean over evaluation prompts."""
@@ -491,7 +497,7 @@ class Reviews:
         }))  # fmt: skip
 
     def optimum(self, beta: float) -> tuple[float, float]:
-        """(E r, KL(π*‖p)) of π* ∝ p(y|x)·exp(r/β) (DPO paper, Eq. 4), mean over evaluation prompts."""
+        """(E r, KL(π*‖p)) of π* ∝ p(y|x)·exp(r/β) (Eq. 4), mean over evaluation prompts."""
         results = {}
         for kind, clauses in self.clauses.items():
             z, rewards = np.transpose([c.tilt(beta) for c in clauses])
@@ -502,8 +508,8 @@ class Reviews:
         return float(reward), float(kl)
 
     def frontier(self, kl: float) -> float:
-        """R*(KL): the highest expected reward that any policy reaches at this KL from the grammar."""
-        rewards, kls = np.transpose([self.optimum(beta) for beta in np.geomspace(1e5, 0.05, 500)])
+        """R*(KL): the highest expected reward of any policy at this KL from the grammar."""
+        rewards, kls = np.transpose([self.optimum(beta) for beta in np.geomspace(1e5, 0.05, 300)])
         return float(np.interp(kl, kls, rewards))
 
     def demonstrations(self, count: int, split: str) -> list[Example]:
@@ -513,7 +519,7 @@ class Reviews:
         return [Example(prompt, (self.write(prompt, rng),)) for prompt in prompts]
 
     def preferences(self, count: int, split: str, deterministic: bool = False) -> list[Example]:
-        """Pairs of samples, labelled by Bradley–Terry, P(a ≻ b) = σ(r(a) − r(b)), or by r itself."""
+        """Pairs of samples, labelled by Bradley–Terry, P(a ≻ b) = σ(r(a) − r(b)), or by r."""
         rng = np.random.default_rng([self.seed, 2, split == "eval"])
         examples = []
         while len(examples) < count:

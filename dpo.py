@@ -10,8 +10,8 @@ likelihood of the preferences is a classification loss on log-probabilities alon
     L = −log σ( β·log(π(y_w|x)/π_ref(y_w|x)) − β·log(π(y_l|x)/π_ref(y_l|x)) )
 
 The reference π_ref never changes, so here it is data: its log-probabilities are computed once and
-kept on disk. A response's log-probability is the *sum* over its tokens, EOS included: Eq. 7 is about
-the probability of whole responses, and a mean would be another objective.
+kept on disk. A response's log-probability is the *sum* over its tokens, EOS included: Eq. 7 is
+about the probability of whole responses, and a mean would be another objective.
 """
 
 import hashlib
@@ -81,8 +81,8 @@ def compute_loss(loss: str, logps, batch, reference=None, beta=0.1, label_smooth
     """
     if loss == "sft":
         total = sft(logps[batch.best]).sum()
-        counts = {"pairs": len(batch.best), "tokens": batch.lengths[batch.best].sum()}
-        return total, {"loss": total.detach()} | counts
+        tokens = batch.lengths[batch.best].sum()
+        return total, {"loss": total.detach(), "pairs": len(batch.best), "tokens": tokens}
     vectors = {"chosen": logps[batch.chosen], "rejected": logps[batch.rejected]}  # (P,)
     vectors |= {"ref_chosen": reference[batch.chosen], "ref_rejected": reference[batch.rejected]}
     given = vectors | {"beta": beta, "label_smoothing": label_smoothing}
@@ -152,7 +152,8 @@ def reference_key(model, dataset, numerics: str) -> str:
     """
     digest = hashlib.sha256(numerics.encode())
     for name, weight in sorted(model.state_dict().items()):
-        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     for array in (dataset.tokens, dataset.offsets, dataset.trees):
@@ -162,7 +163,7 @@ def reference_key(model, dataset, numerics: str) -> str:
 
 @torch.no_grad()
 def reference_logps(model, batches: Iterable, responses: int) -> torch.Tensor:
-    """log π_ref of the responses in the batches: (2, responses), values and how often each was seen.
+    """log π_ref of the batches' responses: (2, responses), values and how often each was seen.
 
     The same function as in training, under the same autocast; summed over ranks by the caller.
     """
@@ -176,7 +177,7 @@ def reference_logps(model, batches: Iterable, responses: int) -> torch.Tensor:
 
 
 def find_reference(key: str, directories: Iterable[Path], responses: int) -> np.ndarray | None:
-    """The cached log-probs of that key, (responses,) float32, from the first directory with them."""
+    """The cached log-probs of that key, (responses,) float32, from the first place with them."""
     for directory in directories:
         path = directory / f"{key}.npy"
         if path.is_file():

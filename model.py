@@ -5,8 +5,8 @@ sequences laid end to end. Who sees whom is said by *segments* (`PackedAttention
 responses to one prompt share its computation. `forward` never builds the full `(T, V)` logits in
 training: it returns the log-probabilities of given targets only (`TokenLogps`).
 
-Modules and parameters are named as in Hugging Face Llama checkpoints, so loading one is strip-prefix
-and `strict=True`, and what is saved here opens there.
+Modules and parameters are named as in Hugging Face's Llama checkpoints, so loading one is
+strip-prefix and `strict=True`, and what is saved here opens there.
 
     model = load_pretrained("out/reviews")
     ids = generate(model, [[1, 52, 7]], max_new_tokens=20, eos_id=2)
@@ -152,7 +152,8 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, size: int):
         self.shape = batch, size, config.num_key_value_heads, config.head_dim
         self.layers = {}
-        self.sequences = self.positions = None  # (T,) of the stream now running; set by generate
+        # Set by generate for the stream that runs next: (T,), (T,), and the slots then in use.
+        self.sequences = self.positions = self.used = None
 
     def store(self, layer: int, k, v):
         if layer not in self.layers:
@@ -161,11 +162,11 @@ class KVCache:
             cached[self.sequences, self.positions] = new  # (T, H_kv, D) into (B, size, H_kv, D)
 
     def __call__(self, layer: int, q, k, v):
-        """Attention of one new token per sequence, (B, H, D), to all stored before it, and itself."""
+        """Attention of one new token per sequence, (B, H, D), to itself and all stored before."""
         self.store(layer, k, v)
-        keys, values = (x.transpose(1, 2) for x in self.layers[layer])  # (B, H_kv, size, D)
-        slots = torch.arange(self.shape[1], device=q.device)
-        mask = (slots <= self.positions[:, None])[:, None, None]  # (B, 1, 1, size)
+        keys, values = (x[:, : self.used].transpose(1, 2) for x in self.layers[layer])
+        slots = torch.arange(self.used, device=q.device)
+        mask = (slots <= self.positions[:, None])[:, None, None]  # (B, 1, 1, used)
         attend = F.scaled_dot_product_attention
         return attend(q[:, :, None], keys, values, mask, enable_gqa=True).squeeze(2)
 
@@ -222,8 +223,8 @@ class Block(nn.Module):
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(n, C) · (V, C)ᵀ -> (n, V), at least float32: rounding logits to bf16 costs log-probs most."""
-    if hidden.is_cuda and hidden.dtype != torch.float32 and hidden.dtype != torch.float64:
+    """(n, C) · (V, C)ᵀ -> (n, V), at least float32: bf16 logits are log-probs' largest error."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     logits = hidden @ weight.T
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -379,6 +380,7 @@ def generate(
         ended |= tokens == eos_id
         if len(steps) == max_new_tokens or ended.all():
             break
+        cache.used = int(lengths.max()) + len(steps)
         logits = model(tokens, cache.positions, None, rows, cache=cache)
         cache.positions = cache.positions + 1
     new = torch.stack(steps, dim=1).tolist()  # (B, steps)

@@ -6,7 +6,7 @@ python sample.py out/reviews --compare out/reviews/reference/sft --report
 """
 
 import argparse
-import json
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -34,14 +34,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("checkpoint", help="directory with config.json, weights and tokenizer.model")
     add("--prompt", action="append", default=[], help="text to continue; may be given many times")
     add("--compare", metavar="OTHER", help="a second checkpoint, shown side by side")
-    add(
-        "--report",
-        type=int,
-        nargs="?",
-        const=2000,
-        metavar="N",
-        help="measure reward and KL to --compare on N samples of the reviews (default 2000)",
-    )
+    counted = {"type": int, "nargs": "?", "const": 5000, "metavar": "N"}
+    add("--report", **counted, help="measure both on N samples of the reviews (default 5000)")
     add("--n", type=int, default=1, help="completions of each prompt (default 1)")
     add("--max_new_tokens", type=int, default=256, help="at most so many tokens (default 256)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
@@ -54,6 +48,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             raise UsageError(f"--{name} must be at least {low}")
     if not 0 < args.top_p <= 1:
         raise UsageError("--top_p must be above 0 and at most 1")
+    if args.report is not None and args.report < 2:
+        raise UsageError("--report needs at least 2 samples")
     if args.report and not args.compare:
         raise UsageError("--report measures against a reference: name it with --compare")
     if bool(args.prompt) == bool(args.report):
@@ -122,42 +118,46 @@ def side_by_side(names: list[str], texts: list[str], width: int = 96):
         print("  ".join((c[row] if row < len(c) else "").ljust(column) for c in cells).rstrip())
 
 
-@torch.no_grad()
-def report(args, samples: int):
+def draw(model, tokenizer, prompts: list[str], seed: int):
+    """Token ids and text of one sample of each prompt, and whether it ended by itself."""
+    ids, encoded = [], [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    for first in range(0, len(prompts), 1000):
+        block = encoded[first : first + 1000]
+        ids += generate(model, block, 64, tokenizer.eos_id, seed=seed + first)
+    texts = [tokenizer.decode(response, continuation=True) for response in ids]
+    return ids, texts, np.array([response[-1] == tokenizer.eos_id for response in ids])
+
+
+def report(args):
     """Measure a policy trained on the built-in experiment against its reference and the optimum."""
     policy, tokenizer = load(args.checkpoint)
     reference, _ = load(args.compare)
-    run = json.loads((Path(args.checkpoint) / "run.json").read_text(encoding="utf-8"))
-    grammar = data.Reviews(run["settings"]["seed"])
-    prompts = [
-        str(x) for x in np.random.default_rng(args.seed).choice(grammar.prompts["eval"], samples)
-    ]
-    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-
-    results = {}
+    grammar = data.Reviews()
+    rng = np.random.default_rng(args.seed)
+    prompts = rng.choice(grammar.prompts["eval"], args.report).tolist()
+    rewards, accepted, texts = {}, {}, {}
     for name, model in (("SFT", reference), ("DPO", policy)):
-        ids = generate(model, encoded, 64, tokenizer.eos_id, seed=args.seed)
-        texts = [tokenizer.decode(response, continuation=True) for response in ids]
-        rewards = np.array([grammar.score(x, y)[1] for x, y in zip(prompts, texts)])
-        accepted = np.isfinite(rewards) & np.array([y[-1] == tokenizer.eos_id for y in ids])
-        results[name] = ids, texts, np.where(accepted, rewards, 0.0), accepted
-    kl = measure_kl(policy, reference, encoded, results["DPO"][0])
+        ids, texts[name], ended = draw(model, tokenizer, prompts, args.seed)
+        scores = np.array([grammar.score(x, y)[1] for x, y in zip(prompts, texts[name])])
+        accepted[name] = np.isfinite(scores) & ended
+        rewards[name] = np.where(accepted[name], scores, 0.0)
+    kl = measure_kl(policy, reference, [tokenizer.encode_prompt(x) for x in prompts], ids)
 
-    before, after = results["SFT"][2], results["DPO"][2]
-    error = lambda values: values.std(ddof=1) / len(values) ** 0.5
-    gain, best = after.mean() - before.mean(), grammar.frontier(kl.mean()) - grammar.frontier(0.0)
-    lines = {
-        "true reward before": f"{before.mean():.3f} ± {error(before):.3f}  (grammar {grammar.frontier(0):.3f})",
-        "true reward after": f"{after.mean():.3f} ± {error(after):.3f}",
-        "KL(π‖π_ref)": f"{kl.mean():.3f} ± {error(kl):.3f} nats",
-        "gain": f"{gain:.3f}, {gain / best:.1%} of R*(KL) = {best:.3f}",
-        "accepted": f"before {results['SFT'][3].mean():.1%}, after {results['DPO'][3].mean():.1%}",
-    }
-    for name, line in lines.items():
-        print(f"{name:>20}  {line}")
-    for i in range(3):
+    mean = {name: x.mean() for name, x in (rewards | {"KL": kl}).items()}
+    error = {name: x.std(ddof=1) / len(x) ** 0.5 for name, x in (rewards | {"KL": kl}).items()}
+    none = grammar.frontier(0.0)
+    gain, best = mean["DPO"] - mean["SFT"], grammar.frontier(mean["KL"]) - none
+    share_error = math.hypot(error["SFT"], error["DPO"]) / best
+    print(f"""
+{args.report:,} samples of the evaluation prompts, ± one standard error
+  true reward of SFT   {mean["SFT"]:.3f} ± {error["SFT"]:.3f}  (of the grammar itself {none:.3f})
+  true reward of DPO   {mean["DPO"]:.3f} ± {error["DPO"]:.3f}
+  KL(π‖π_ref)          {mean["KL"]:.3f} ± {error["KL"]:.3f} nats
+  reward gained        {gain:.3f} of R*(KL) = {best:.3f}: {gain / best:.1%} ± {share_error:.1%}
+  accepted             SFT {accepted["SFT"].mean():.1%}, DPO {accepted["DPO"].mean():.1%}""")
+    for i in range(min(3, args.report)):
         print(f"\n{prompts[i]}")
-        side_by_side(["SFT", "DPO"], [results["SFT"][1][i], results["DPO"][1][i]])
+        side_by_side(["SFT", "DPO"], [texts["SFT"][i], texts["DPO"][i]])
 
 
 def measure_kl(policy, reference, prompts, responses) -> np.ndarray:
@@ -165,7 +165,7 @@ def measure_kl(policy, reference, prompts, responses) -> np.ndarray:
     dataset = data.to_arrays([[x, y] for x, y in zip(prompts, responses)])
     device = policy.embed_tokens.weight.device
     kl = np.zeros(len(responses))
-    for [[*micro_batches]] in data.plan_epoch(dataset.lengths(), 256, 4096, 1):
+    for [micro_batches] in data.plan_epoch(dataset.lengths(), 256, 4096, 1):
         for examples in micro_batches:
             batch = data.collate(dataset, examples).to(device)
             kl[examples] = dpo.sequence_kl(policy, reference, batch).cpu()
@@ -175,7 +175,7 @@ def measure_kl(policy, reference, prompts, responses) -> np.ndarray:
 def main():
     try:
         args = parse_arguments(sys.argv[1:])
-        report(args, args.report) if args.report else sample(args)
+        (report if args.report else sample)(args)
     except (UsageError, data.DataError, CheckpointError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,11 +100,11 @@ CHOICES = {
     "dtype": ["auto", "bfloat16", "float32"],
     "wandb": ["disabled", "offline", "online"],
 }
-
-
 NEW_MODEL = {"vocab_size", "hidden_size", "num_layers", "num_heads"}
+POSITIVE = NEW_MODEL | {"beta", "batch_size", "micro_batch_tokens", "max_prompt_length", "epochs"}
+POSITIVE |= {"log_every", "review_demonstrations", "review_pairs"}
 MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "wandb"}  # when resuming
-SHOWN = ("/loss", "/rewards/accuracies", "/rewards/margins", "/rewards/chosen", "/grad_norm")
+SHOWN = ("/loss", "/rewards/accuracies", "/rewards/margins", "/rewards/chosen")  # in the terminal
 
 
 class SettingError(ValueError):
@@ -141,11 +142,8 @@ def parse_settings(arguments: list[str]) -> Settings:
         )
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        name, known = (
-            unknown[0].split("=")[0],
-            [f"--{f.name}" for f in dataclasses.fields(Settings)],
-        )
-        close = difflib.get_close_matches(name, known, n=1)
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, [f"--{setting}" for setting in comments], n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists the settings"
         raise SettingError(f"unknown setting {name}: {hint}")
     given = vars(given)
@@ -157,17 +155,13 @@ def parse_settings(arguments: list[str]) -> Settings:
 
 def check_settings(s: Settings, given: set[str]):
     """Refuse values out of range, and settings that would be ignored."""
-    positive = {"beta", "batch_size", "micro_batch_tokens", "max_prompt_length", "log_every", "epochs",
-                "hidden_size", "num_layers", "num_heads", "review_demonstrations", "review_pairs"}  # fmt: skip
     for name, value in dataclasses.asdict(s).items():
         if isinstance(value, (int, float)) and not (0 <= value < math.inf):
             raise SettingError(f"--{name} must be a number of at least 0, found {value}")
-        if name in positive and value == 0:
+        if name in POSITIVE and value == 0:
             raise SettingError(f"--{name} must be greater than 0")
     if s.max_prompt_length >= s.max_length:
-        raise SettingError(
-            "--max_prompt_length must be less than --max_length: responses need room"
-        )
+        raise SettingError("--max_prompt_length must be less than --max_length")
     if s.label_smoothing >= 0.5:
         raise SettingError("--label_smoothing must be less than 0.5: at 0.5 labels say nothing")
     if s.hidden_size % (2 * s.num_heads):
@@ -194,10 +188,8 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.settings, self.out = settings, Path(settings.out_dir)
-        self.rank, self.world = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
-        )
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
         if cuda:
@@ -209,12 +201,12 @@ class Run:
         self.wandb = None
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            if settings.wandb != "disabled":
-                import wandb
+        if self.rank == 0 and settings.wandb != "disabled":
+            import wandb
 
-                config = dataclasses.asdict(settings)
-                where = {"project": "dpo", "name": self.out.name, "dir": self.out}
-                self.wandb = wandb.init(**where, mode=settings.wandb, config=config)
+            where = {"project": "dpo", "name": self.out.name, "dir": self.out}
+            config = dataclasses.asdict(settings)
+            self.wandb = wandb.init(**where, mode=settings.wandb, config=config)
 
     def autocast(self):
         """The one mechanism for bf16: float32 master weights, matrix products under autocast."""
@@ -398,36 +390,24 @@ def batch_loss(stage: Stage, model, batch: data.Batch, reference, run: Run):
     with run.autocast():
         logps = dpo.sequence_logps(model, batch)  # (N,)
     reference = logps.detach() * 0 if reference is None else reference[batch.response_ids]
-    s = run.settings
-    options = {"beta": s.beta, "label_smoothing": s.label_smoothing}
-    return *dpo.compute_loss(stage.loss, logps, batch, reference, **options), logps - reference
+    options = run.settings.beta, run.settings.label_smoothing
+    return *dpo.compute_loss(stage.loss, logps, batch, reference, *options), logps - reference
 
 
-class Totals:
-    """Sums over pairs, kept on the device: nothing waits for the GPU until they are asked for."""
-
-    def __init__(self):
-        self.sums, self.started = {}, time.perf_counter()
-
-    def add(self, sums: dict):
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-
-    def average(self, prefix: str, run: Run) -> tuple[dict, dict]:
-        """(averages over all pairs of all ranks, rates per second). (all ranks)"""
-        values = run.reduce([float(value) for value in self.sums.values()]).tolist()
-        sums, seconds = dict(zip(self.sums, values)), time.perf_counter() - self.started
-        rates = {f"{name}_per_second": sums[name] / seconds for name in ("pairs", "tokens")}
-        return {f"{prefix}/{k}": v for k, v in dpo.average_metrics(sums).items()}, rates
+def averages(totals: Counter, prefix: str, run: Run) -> dict[str, float]:
+    """The sums of all ranks -> metrics averaged over their pairs, in one all_reduce. (all ranks)"""
+    values = run.reduce([float(value) for value in totals.values()]).tolist()
+    metrics = dpo.average_metrics(dict(zip(totals, values)))
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def evaluate(stage: Stage, model, run: Run) -> dict:
     """The stage's metrics on its fixed evaluation set. (all ranks)"""
-    totals = Totals()
+    totals = Counter()
     with inference(model, run):
         for batch in micro_batches(stage.eval, whole_plan(stage.eval, run), run):
-            totals.add(batch_loss(stage, model, batch, stage.eval_reference, run)[1])
-    return totals.average("eval", run)[0]
+            totals.update(batch_loss(stage, model, batch, stage.eval_reference, run)[1])
+    return averages(totals, "eval", run)
 
 
 def check_start(stage: Stage, model, plan: list, run: Run):
@@ -446,7 +426,7 @@ def check_start(stage: Stage, model, plan: list, run: Run):
             worst = max(worst, logratios.abs().max().item())
     loss, theory = run.reduce([loss, theory]).tolist()
     worst = run.reduce(worst, dist.ReduceOp.MAX).item()
-    count = sum(len(examples) for rank in plan for examples in rank)
+    count = len(data.examples_of(plan))
     run.say(
         f"step 0: {stage.loss} loss {loss / count:.6f}, in theory {theory / count:.6f}; "
         f"largest log-ratio {worst:.1e} nats (tolerance {tolerance})"
@@ -476,9 +456,9 @@ def make_optimizer(model, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW([decayed, {"params": vectors, "weight_decay": 0.0}], fused=True)
 
 
-def train_step(stage: Stage, model, optimizer, plan: list, totals: Totals, run: Run):
+def train_step(stage: Stage, model, optimizer, plan: list, totals: Counter, run: Run):
     """One optimizer step over the planned micro-batches. (all ranks)"""
-    count = stage.count(np.concatenate([examples for rank in plan for examples in rank]))
+    count = stage.count(data.examples_of(plan))
     for n, batch in enumerate(micro_batches(stage.train, plan, run), 1):
         if run.world > 1:  # gradients are summed over the ranks once, after the last micro-batch
             model.set_requires_gradient_sync(n == len(plan[run.rank]))
@@ -486,7 +466,7 @@ def train_step(stage: Stage, model, optimizer, plan: list, totals: Totals, run: 
         # FSDP averages over ranks: times their number this is the sum over all pairs, divided by
         # the pairs of the step, however they are spread over ranks and micro-batches.
         (loss * run.world / count).backward()
-        totals.add(sums)
+        totals.update(sums)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.settings.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     optimizer.step()
@@ -501,46 +481,46 @@ def run_stage(stage: Stage, model, run: Run):
     steps = min(stage.epochs * per_epoch, s.max_steps or math.inf)
     optimizer = make_optimizer(model, s)
     first = load_resume(model, optimizer, run) if resume_point(run)["stage"] == stage.name else 0
-    run.say(
-        f"{stage.name}: {len(lengths):,} examples, {steps} steps of {s.batch_size}, from {first}"
-    )
+    run.say(f"{stage.name}: {len(lengths):,} examples, steps {first} to {steps} of {s.batch_size}")
 
     def report(done: int, row: dict, note: str = ""):
         run.record({"stage": stage.name, "step": done, "epoch": done / per_epoch} | row)
-        shown = (f"{name.split('/', 1)[1]} {row[name]:.4g}" for name in row if name.endswith(SHOWN))
-        run.say(
-            f"{stage.name} {done}/{steps} {'eval' if not note else ''}  {'  '.join(shown)}{note}"
-        )
+        shown = "  ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith(SHOWN))
+        run.say(f"{stage.name} {done}/{steps}  {shown}{note}")
 
     if stage.eval and not first:
         report(0, evaluate(stage, model, run))
-    totals, norms, plan, begun = Totals(), [], None, time.perf_counter()
+    totals, norms, work, plan = Counter(), [], np.zeros(2), None
+    begun = since = time.perf_counter()
     for step in range(first, steps):
         epoch, within = divmod(step, per_epoch)
         if plan is None or within == 0:
-            seed = (s.seed, epoch) if s.shuffle else None
+            order = (s.seed, epoch) if s.shuffle else None
             budget = s.micro_batch_tokens
-            plan = list(data.plan_epoch(lengths, s.batch_size, budget, run.world, seed))
+            plan = list(data.plan_epoch(lengths, s.batch_size, budget, run.world, order))
         if step == 0 and stage.reference is not None:
             check_start(stage, model, plan[0], run)
         rate = learning_rate(step, steps, stage.learning_rate, s)
         for group in optimizer.param_groups:
             group["lr"] = rate
         norms.append(train_step(stage, model, optimizer, plan[within], totals, run))
-        done = step + 1
+        examples = data.examples_of(plan[within])
+        work += len(examples), lengths[examples].sum()
+        done, now = step + 1, time.perf_counter()
         if done % s.log_every == 0 or done == steps:
-            row, rates = totals.average("train", run)
+            row = averages(totals, "train", run)
             row |= {
                 "train/grad_norm": torch.stack(norms).mean().item(),
                 "train/learning_rate": rate,
             }
-            left = (time.perf_counter() - begun) / (done - first) * (steps - done)
-            note = f"  {rates['pairs_per_second']:.0f} pairs/s  {left:.0f} s left"
-            report(done, row | rates | {"peak_memory_gib": peak_memory(run.device)}, note)
             if not all(map(math.isfinite, row.values())):
                 raise SettingError(f"{stage.name} diverged by step {done}: lower its learning rate")
-            totals, norms = Totals(), []
-        if stage.eval and (done == steps or s.eval_every and done % s.eval_every == 0):
+            row["pairs_per_second"], row["tokens_per_second"] = work / (now - since)
+            row["peak_memory_gib"] = peak_memory(run.device)
+            left = (now - begun) / (done - first) * (steps - done)
+            report(done, row, f"  {row['pairs_per_second']:.0f} pairs/s  {left:.0f} s left")
+            totals, norms, work, since = Counter(), [], np.zeros(2), now
+        if stage.eval and (done == steps or (s.eval_every and done % s.eval_every == 0)):
             report(done, evaluate(stage, model, run))
         if s.save_every and done % s.save_every == 0 and done < steps:
             save_resume(stage.name, done, model, optimizer, run)
@@ -570,7 +550,8 @@ def save_resume(stage: str, step: int, model, optimizer, run: Run):
         shutil.rmtree(new, ignore_errors=True)
     run.wait()
     weights, moments = dcp_state.get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=new)
+    state = {"model": weights, "optimizer": moments}
+    dcp.save(state, checkpoint_id=new, no_dist=run.world == 1)
     if run.rank == 0:
         (new / "point.json").write_text(json.dumps({"stage": stage, "step": step}))
         shutil.rmtree(old, ignore_errors=True)
@@ -595,7 +576,7 @@ def load_resume(model, optimizer, run: Run) -> int:
     """Restore weights and moments; returns the number of steps already done. (all ranks)"""
     weights, moments = dcp_state.get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=run.out / "resume")
+    dcp.load(state, checkpoint_id=run.out / "resume", no_dist=run.world == 1)
     dcp_state.set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
@@ -637,26 +618,20 @@ def train(run: Run):
         if examples:
             limits = s.max_length, s.max_prompt_length
             sets[name] = data.encode_examples(examples, tokenizer, *limits)
-            counts = ", ".join(
-                f"{count:,} {what}" for what, count in sets[name].counts.items() if count
-            )
-            run.say(f"{name}: {counts}")
+            counts = [f"{count:,} {what}" for what, count in sets[name].counts.items() if count]
+            run.say(f"{name}: {', '.join(counts)}")
     start_records(run, sets)
     sft_done = s.sft_epochs and resumed == "dpo"
     source = run.out / "reference" / "sft" if sft_done else s.init_from
     model = load_model(s, tokenizer.vocab_size, source)
     size = sum(parameter.numel() for parameter in model.parameters())
     if model.config.vocab_size < tokenizer.vocab_size:
-        raise SettingError(
-            f"--init_from: the tokenizer has more pieces than the model's {model.config.vocab_size}"
-        )
+        raise SettingError("--init_from: its tokenizer.model has more pieces than the model")
     run.say(f"model: {size:,} parameters, {run.dtype} on {run.world} {run.device.type} process(es)")
     model = distribute(model, run)
     if s.sft_epochs and not sft_done:
-        stage = Stage(
-            "sft", "sft", sets["sft"], sets.get("sft eval"), s.sft_epochs, s.sft_learning_rate
-        )
-        run_stage(stage, model, run)
+        sft, sft_eval = sets["sft"], sets.get("sft eval")
+        run_stage(Stage("sft", "sft", sft, sft_eval, s.sft_epochs, s.sft_learning_rate), model, run)
         save_model(model, tokenizer, run.out / "reference" / "sft", run)
 
     # Before any state of this stage is resumed: the reference is the model that DPO starts from.
@@ -686,7 +661,7 @@ def main():
     if s.data == "reviews" and reference and run.rank == 0:
         sampler = Path(__file__).with_name("sample.py")
         command = [sys.executable, sampler, run.out, f"--compare={reference}", "--report"]
-        sys.exit(subprocess.run(command).returncode)
+        sys.exit(subprocess.run(command, check=False).returncode)
 
 
 if __name__ == "__main__":

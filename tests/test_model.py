@@ -14,8 +14,15 @@ from conftest import SHAPES, make_model, random_dataset
 import data
 import dpo
 import model as model_module
-from model import CheckpointError, ModelConfig, TokenLogps, Transformer
-from model import generate, load_pretrained, save_pretrained
+from model import (
+    CheckpointError,
+    ModelConfig,
+    TokenLogps,
+    Transformer,
+    generate,
+    load_pretrained,
+    save_pretrained,
+)
 
 
 def plain_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
@@ -135,7 +142,7 @@ def test_prompt_logits_do_not_count(monkeypatch):
 
 
 def test_token_logps_parity_with_other_implementations():
-    """The log-probs that TRL and the original DPO code make of the same logits (tests/losses.json)."""
+    """The log-probs that TRL and the original DPO code make of the same logits."""
     fixture = json.loads((Path(__file__).parent / "losses.json").read_text())["batch_logps"]
     for logits, labels, expected in zip(*(fixture[k] for k in ("logits", "labels", "sums"))):
         logits, targets = torch.tensor(logits).double()[:-1], torch.tensor(labels)[1:]  # shifted
