@@ -305,10 +305,11 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
     """
     real = len(examples) > 0
     examples = np.asarray(examples) if real else np.array([0])
-    counts = np.diff(dataset.trees)[examples]  # sequences of each tree
+    counts = dataset.trees[examples + 1] - dataset.trees[examples]  # sequences of each tree
     prompt = np.cumsum(counts) - counts  # where its prompt is among those of the batch
     sequence = ragged(dataset.trees[examples], counts)
-    begin, size = dataset.offsets[sequence], np.diff(dataset.offsets)[sequence]
+    begin = dataset.offsets[sequence]
+    size = dataset.offsets[sequence + 1] - begin
     read = size - 1  # the last token of a response is never read
     read[prompt] += 1
     start = np.cumsum(read) - read  # of each sequence in the stream
@@ -326,8 +327,8 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
     segments = np.stack(np.where(first, (start[trunk],) * 3 + (ends,), prefixed), axis=1)
 
     best = prompt - np.arange(len(prompt))  # where its best response is among the batch's
-    ranked = [itertools.combinations(range(b, b + n - 1), 2) for b, n in zip(best, counts)]
-    pairs = [list(better_worse) for better_worse in ranked]
+    ranked = [range(b, b + n - 1) for b, n in zip(best, counts)]  # responses of each, best first
+    pairs = [list(itertools.combinations(responses, 2)) for responses in ranked]
     weights = [w / len(p) for w, p in zip(dataset.weights[examples], pairs) for _ in p]
     chosen, rejected = np.array([p for tree in pairs for p in tree] * real).reshape(-1, 2).T
     integers = {

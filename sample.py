@@ -128,6 +128,14 @@ def draw(model, tokenizer, prompts: list[str], seed: int):
     return ids, texts, np.array([response[-1] == tokenizer.eos_id for response in ids])
 
 
+def response_logps(model, dataset: data.Dataset) -> np.ndarray:
+    """log π(y|x) of every response of a data set, (responses,) in nats."""
+    lengths, device = dataset.lengths(), model.embed_tokens.weight.device
+    [[plan]] = data.plan_epoch(lengths, len(lengths), 8192, 1)
+    batches = (data.collate(dataset, examples).to(device) for examples in plan)
+    return dpo.reference_logps(model, batches, len(dataset.response_lengths()))[0].numpy()
+
+
 def report(args):
     """Measure a policy trained on the built-in experiment against its reference and the optimum."""
     policy, tokenizer = load(args.checkpoint)
@@ -143,14 +151,22 @@ def report(args):
         rewards[name] = np.where(accepted[name], scores, 0.0)
     kl = measure_kl(policy, reference, [tokenizer.encode_prompt(x) for x in prompts], ids)
 
+    written = data.encode_examples(grammar.demonstrations(2000, "eval"), tokenizer, 512, 256)
+    loss = -response_logps(reference, written).sum() / written.response_lengths().sum()
+    entropy = grammar.entropy() / written.response_lengths().mean()
+    pairs = data.encode_examples(grammar.preferences(2000, "eval"), tokenizer, 512, 256)
+    ratios = response_logps(policy, pairs) - response_logps(reference, pairs)  # w l w l …
+
     mean = {name: x.mean() for name, x in (rewards | {"KL": kl}).items()}
     error = {name: x.std(ddof=1) / len(x) ** 0.5 for name, x in (rewards | {"KL": kl}).items()}
-    none = grammar.frontier(0.0)
-    gain, best = mean["DPO"] - mean["SFT"], grammar.frontier(mean["KL"]) - none
+    start = grammar.frontier(0.0)
+    gain, best = mean["DPO"] - mean["SFT"], grammar.frontier(mean["KL"]) - start
     share_error = math.hypot(error["SFT"], error["DPO"]) / best
     print(f"""
 {args.report:,} samples of the evaluation prompts, ± one standard error
-  true reward of SFT   {mean["SFT"]:.3f} ± {error["SFT"]:.3f}  (of the grammar itself {none:.3f})
+  SFT loss per token   {loss:.4f} nats; entropy of the grammar {entropy:.4f}
+  reward accuracy      {(ratios[::2] > ratios[1::2]).mean():.1%} of 2,000 held-out noisy labels
+  true reward of SFT   {mean["SFT"]:.3f} ± {error["SFT"]:.3f}  (of the grammar itself {start:.3f})
   true reward of DPO   {mean["DPO"]:.3f} ± {error["DPO"]:.3f}
   KL(π‖π_ref)          {mean["KL"]:.3f} ± {error["KL"]:.3f} nats
   reward gained        {gain:.3f} of R*(KL) = {best:.3f}: {gain / best:.1%} ± {share_error:.1%}

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,9 @@ POSITIVE = NEW_MODEL | {"beta", "batch_size", "micro_batch_tokens", "max_prompt_
 POSITIVE |= {"log_every", "review_demonstrations", "review_pairs"}
 MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "wandb"}  # when resuming
 SHOWN = ("/loss", "/rewards/accuracies", "/rewards/margins", "/rewards/chosen")  # in the terminal
+
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of saving in one process
 
 
 class SettingError(ValueError):
@@ -331,8 +335,8 @@ class Stage:
         """What a step's summed loss is divided by: its examples, for SFT its response tokens."""
         if self.loss != "sft":
             return len(examples)
-        best = self.train.trees[examples] - examples  # of each example, among all responses
-        return int(self.train.response_lengths()[best].sum())
+        best = self.train.trees[examples] + 1  # the sequence after each prompt
+        return int((self.train.offsets[best + 1] - self.train.offsets[best]).sum())
 
 
 def micro_batches(dataset: data.Dataset, plan: list, run: Run):
