@@ -217,7 +217,7 @@ def test_your_own_files(tmp_path):
     ("--beta=0", "--beta must be greater than 0"),
     ("--learning_rate=-1", "--learning_rate must be a number of at least 0"),
     ("--learning_rate=nan", "--learning_rate must be a number of at least 0"),
-    ("--max_prompt_length=512", "responses need room"),
+    ("--max_prompt_length=512", "must be less than --max_length"),
     ("--label_smoothing=0.5", "less than 0.5"),
     ("--hidden_size=30", "multiple of twice --num_heads"),
     ("--loss=ipo --label_smoothing=0.1", "--label_smoothing would be ignored: --loss=ipo"),
