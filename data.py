@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -125,7 +126,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{where}: invalid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: invalid JSON: {error.msg}, column {error.colno}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{where}: cannot be read ({reason})") from None
     if empty:
