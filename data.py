@@ -47,9 +47,8 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         """Raises DataError if the file is missing, not SentencePiece, or without BOS or EOS."""
-        self.path = Path(path)
         try:
-            self.proto = self.path.read_bytes()
+            self.proto = Path(path).read_bytes()
             self.start = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
@@ -166,8 +165,8 @@ def parse_preference(where: str, row: dict) -> Example:
 def parse_demonstration(where: str, row: dict) -> Example:
     if "response" not in row:
         return demonstration(parse_preference(where, row))
-    texts = (text_field(row, name, where) for name in ("prompt", "response"))
-    return Example(next(texts), (next(texts),), where=where)
+    prompt, response = (text_field(row, name, where) for name in ("prompt", "response"))
+    return Example(prompt, (response,), where=where)
 
 
 def demonstration(example: Example) -> Example:

@@ -12,6 +12,7 @@ from conftest import SHAPES, make_model, random_dataset
 
 import data
 import dpo
+from model import ModelConfig
 
 FIXTURE = json.loads((Path(__file__).parent / "losses.json").read_text())
 SIDES = ("chosen", "rejected", "ref_chosen", "ref_rejected")
@@ -219,8 +220,7 @@ def test_reference_key_and_cache(tmp_path):
 def test_sequence_kl_is_unbiased():
     """Averaged over all sampled sequences with their exact probabilities, the Rao–Blackwell
     estimate equals the enumerated KL: here over every response of two tokens or EOS."""
-    config = data_config = SHAPES["tied"]
-    config = type(data_config)(4, 16, 32, 1, 2, 2, 8, tie_word_embeddings=True)
+    config = ModelConfig(4, 16, 32, 1, 2, 2, 8, tie_word_embeddings=True)
     policy, reference = make_model(config), make_model(config)
     space = [[2], *([a, b] for a in (0, 1, 3) for b in range(4))]
     dataset = data.to_arrays([[[1, 3], *space]])
