@@ -73,6 +73,8 @@ class Example(NamedTuple):
     prompt: str | list
     responses: tuple
     weight: float = 1.0
+    label: float = 1.0  # probability that chosen is better than rejected
+    margin: float = math.nan  # by how much, for the losses that ask; nan: not known
     where: str = ""  # file:line, for messages
 
     chosen = property(lambda self: self.responses[0])
@@ -490,12 +492,25 @@ def parse(where: str, row: dict, formats: list) -> Example:
             if is_turns(response) and response[-1]["role"] != "assistant":
                 raise DataError("a conversation must end with the assistant's turn")
         responses = tuple(bare(r) if is_turns(r) else r for r in responses)
-        weight = 1.0 if row.get("weight") is None else row["weight"]
-        if type(weight) not in (int, float) or not 0 <= weight < 1e6:
-            raise DataError(f"field 'weight' must be a number of at least 0, found {weight!r}")
+        weight = number(row, "weight", 1.0, least=0, most=1e6)
+        label = number(row, "soft_label", 1.0, least=0, most=1)
+        better, worse = (number(row, f"score_{side}", math.nan) for side in ("chosen", "rejected"))
+        margin = number(row, "margin", better - worse)
+        if label < 1 and len(responses) != 2:
+            raise DataError("field 'soft_label' belongs to a pair of responses")
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    return Example(prompt, responses, float(weight), where)
+    return Example(prompt, responses, weight, label, margin, where)
+
+
+def number(row: dict, name: str, default: float, least=-1e6, most=1e6) -> float:
+    """An optional field of a row. Raises DataError unless it is a number in range."""
+    value = default if row.get(name) is None else row[name]
+    if value is not default and (type(value) not in (int, float) or not least <= value <= most):
+        raise DataError(
+            f"field '{name}' must be a number from {least:g} to {most:g}, found {value!r}"
+        )
+    return float(value)
 
 
 def read_examples(paths: str, formats: list) -> Iterator[tuple[dict, Example]]:
@@ -535,11 +550,11 @@ class Dataset:
     offsets: np.ndarray  # sequence s is tokens[offsets[s] : offsets[s + 1]]
     learnt: np.ndarray  # how many of a sequence's tokens are learnt; of a prompt none
     trees: np.ndarray  # example e is sequences trees[e] : trees[e + 1], its prompt first
-    weights: np.ndarray  # (examples,) float32
+    facts: np.ndarray  # (examples, 3) float32: weight, label and margin of an Example
     counts: Counter  # what encoding cut and dropped, to be printed
 
     def __len__(self) -> int:
-        return len(self.weights)
+        return len(self.facts)
 
     def lengths(self) -> np.ndarray:
         """Tokens that each example brings into the stream, (examples,)."""
@@ -573,7 +588,7 @@ def fit(prompt: list[int], responses: list[list[int]], max_length: int, max_prom
     return [prompt, *cut]
 
 
-def to_arrays(trees: Iterable[list[list[int]]], weights=None, counts=None) -> Dataset:
+def to_arrays(trees: Iterable[list[list[int]]], facts=None, counts=None) -> Dataset:
     """Trees of token ids, [prompt, response, …] each, as a data set."""
     tokens, sizes, branches, trees = [np.zeros(0, np.int32)], [0], [0], iter(trees)
     while block := list(itertools.islice(trees, 4096)):
@@ -585,10 +600,8 @@ def to_arrays(trees: Iterable[list[list[int]]], weights=None, counts=None) -> Da
     hidden = np.searchsorted(offsets, np.flatnonzero(tokens < 0), side="right") - 1
     learnt = np.diff(offsets) - np.bincount(hidden, minlength=len(offsets) - 1)
     learnt[trees[:-1]] = 0
-    weights = np.array(weights or [1.0] * (len(trees) - 1), np.float32)
-    return Dataset(
-        tokens, offsets, learnt, trees, weights, counts or Counter(examples=len(weights))
-    )
+    facts = np.array(facts or [(1.0, 1.0, math.nan)] * (len(trees) - 1), np.float32)
+    return Dataset(tokens, offsets, learnt, trees, facts, counts or Counter(examples=len(facts)))
 
 
 def encode_block(examples: list[Example], tokenizer: Tokenizer | None) -> list[list[list[int]]]:
@@ -631,7 +644,7 @@ def encode_examples(
     then. Examples with an empty response, without room for one, or without two that differ (or
     where the cut makes two the same) are dropped. Raises DataError if none remain.
     """
-    counts, weights, examples = Counter(examples=0), [], iter(examples)
+    counts, facts, examples = Counter(examples=0), [], iter(examples)
 
     def trees():
         while block := list(itertools.islice(examples, 4096)):
@@ -641,10 +654,10 @@ def encode_examples(
             for example, (prompt, *responses) in zip(full, encode_block(full, tokenizer)):
                 tree = fit(prompt, responses, max_length, max_prompt_length, counts)
                 if tree:
-                    weights.append(example.weight)
+                    facts.append((example.weight, example.label, example.margin))
                     yield tree
 
-    dataset = to_arrays(trees(), weights, counts)
+    dataset = to_arrays(trees(), facts, counts)
     if not len(dataset):
         reasons = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
         raise DataError(f"no example is left ({reasons}): raise --max_length, or mend the data")
@@ -663,7 +676,7 @@ def encode_files(
     files' contents, the tokenizer and the limits; a hit is mapped, not read."""
     limits = max_length, max_prompt_length
     digest = hashlib.sha256(
-        f"encoding 1, {read.__name__} {limits}".encode()
+        f"encoding 2, {read.__name__} {limits}".encode()
     )  # raise when it changes
     for name, content in [("", tokenizer.proto), *tokenizer.files.items()] if tokenizer else []:
         digest.update(f"{name} {len(content)} ".encode() + content)
@@ -674,7 +687,7 @@ def encode_files(
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     place = cache / digest.hexdigest()[:32]
-    names = ("tokens", "offsets", "learnt", "trees", "weights")
+    names = ("tokens", "offsets", "learnt", "trees", "facts")
     if not (place / "counts.json").is_file():
         dataset = encode_examples(read(paths), tokenizer, *limits)
         cache.mkdir(parents=True, exist_ok=True)
@@ -705,10 +718,16 @@ class Batch:
     rejected: torch.Tensor  # (P,) … to these; empty for SFT
     best: torch.Tensor  # (E,) the best response of each example
     weights: torch.Tensor  # (P,) weight of each pair; those of an example sum to its own
+    labels: torch.Tensor  # (P,) probability that chosen is better
+    margins: torch.Tensor  # (P,) by how much
+    example_weights: torch.Tensor  # (E,)
+    sizes: tuple[int, ...]  # responses of each example
+    soft: bool  # is any label below 1?
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on `device`, copied asynchronously where it can be."""
-        move = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "segments"}
+        stays = ("segments", "sizes", "soft")
+        move = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
         if torch.device(device).type == "cuda":
             move = {name: tensor.pin_memory() for name, tensor in move.items()}
         return replace(self, **{k: t.to(device, non_blocking=True) for k, t in move.items()})
@@ -756,8 +775,10 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
     best = prompt - np.arange(len(prompt))  # where its best response is among the batch's
     ranked = [range(b, b + n - 1) for b, n in zip(best, counts)]  # responses of each, best first
     pairs = [list(itertools.combinations(responses, 2)) for responses in ranked]
-    weights = [w / len(p) for w, p in zip(dataset.weights[examples], pairs) for _ in p]
     chosen, rejected = np.array([p for tree in pairs for p in tree] * real).reshape(-1, 2).T
+    facts, count = dataset.facts[examples], np.array(list(map(len, pairs)))
+    weights, labels, margins = np.repeat(facts, count * real, axis=0).T
+    weights = weights / np.repeat(count, count * real)
     integers = {
         "tokens": np.where(tokens < 0, ~tokens, tokens),
         "positions": positions,
@@ -771,8 +792,11 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
         "rejected": rejected,
         "best": best[: len(best) * real],
     }
+    floats = {"weights": weights, "labels": labels, "margins": margins}
+    floats["example_weights"] = facts[: len(best) * real, 0]
     tensors = {k: torch.from_numpy(v.astype(np.int64)) for k, v in integers.items()}
-    return Batch(**tensors, weights=torch.tensor(weights * real, dtype=torch.float32))
+    tensors |= {k: torch.from_numpy(v.astype(np.float32)) for k, v in floats.items()}
+    return Batch(**tensors, sizes=tuple((counts - 1).tolist()), soft=bool((labels < 1).any()))
 
 
 def pack(lengths: np.ndarray, examples: np.ndarray, budget: int, world_size: int) -> list[list]:

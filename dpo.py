@@ -22,13 +22,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import logsigmoid, relu
 
-# The losses: (P,) log-probabilities of P pairs in nats -> (P,) losses, not reduced. What a loss
-# needs stands in its signature: `ref_*` the reference, `beta`, `label_smoothing`.
+# The losses: (P,) vectors of P pairs -> (P,) losses, not reduced. What a loss needs is what its
+# signature names:
+#   chosen, rejected                  log π(y|x) of both responses in nats, sums over their tokens
+#   ref_chosen, ref_rejected          the same under the reference
+#   a, b, h                           chosen − ref_chosen, rejected − ref_rejected, a − b
+#   chosen_length, rejected_length    response tokens, EOS included
+#   margin                            from the data
+#   mean_logratio, matched_margin     of the whole step, see STATISTICS
+#   beta, label_smoothing, alpha, gamma    settings; a default given here is the loss's own
+# β·a and β·b are the implicit rewards (Eq. 5, up to what cancels).
 
 
-def dpo(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing):
+def dpo(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """DPO, 2305.18290 Eq. 7; with label_smoothing ε > 0 conservative DPO: labels flip with rate ε.
 
     >>> dpo(*torch.tensor([[-4.0], [-6.0], [-5.0], [-5.0]]), beta=0.5, label_smoothing=0.0)
@@ -36,14 +44,176 @@ def dpo(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing):
     """
     chosen_logratio = chosen - ref_chosen
     rejected_logratio = rejected - ref_rejected
-    h = beta * (chosen_logratio - rejected_logratio)  # the difference of implicit rewards
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    h = chosen_logratio - rejected_logratio  # β·h is the difference of the implicit rewards
+    return -(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)
 
 
-def ipo(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """IPO, 2310.12036 Eq. 17 (β is the paper's τ): regress the log-ratio difference to 1/(2β)."""
-    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+# On h, the difference of the log-ratios: sums over tokens.
+
+
+def robust(h, beta, label_smoothing=0.1):
+    """Robust DPO, 2403.00409: on labels that flip with rate ε its mean is DPO's loss on clean ones.
+
+    Unbounded below, as h grows.
+    """
+    kept, flipped = -logsigmoid(beta * h), -logsigmoid(-beta * h)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo(h, beta):
+    """IPO, 2310.12036 Eq. 17 (β is the paper's τ): regress h to 1/(2β)."""
     return (h - 1 / (2 * beta)) ** 2
+
+
+def hinge(h, beta):
+    """SLiC's hinge on DPO's rewards, 2309.06657: satisfied once βh ≥ 1."""
+    return relu(1 - beta * h)
+
+
+def rdpo(h, chosen_length, rejected_length, beta, alpha=0.01):
+    """R-DPO, 2403.19159: α > 0 discounts what is won by length."""
+    return -logsigmoid(beta * h + alpha * (chosen_length - rejected_length))
+
+
+def odpo(h, margin, beta):
+    """DPO with an offset, 2402.10571: the rewards must differ by the pair's margin."""
+    return -logsigmoid(beta * h - margin)
+
+
+def exo(h, beta, label_smoothing=1e-3):
+    """EXO for pairs, 2402.00856 Eq. 16: reverse KL of σ(βh) from the label (1 − ε, ε); ε > 0."""
+    q, log_q, log_not_q = torch.sigmoid(beta * h), logsigmoid(beta * h), logsigmoid(-beta * h)
+    won, lost = math.log(1 - label_smoothing), math.log(label_smoothing)
+    return q * (log_q - won) + (1 - q) * (log_not_q - lost)
+
+
+def discopop(h, beta):
+    """DiscoPOP, 2406.08414 Eq. 5: logistic where βh < 0, exponential above, blended by σ(βh/0.05).
+
+    It has a local minimum at βh = −0.119, and at βh = 0 its slope has the wrong sign.
+    """
+    blend = beta * h / 0.05
+    return -torch.sigmoid(-blend) * logsigmoid(beta * h) + (logsigmoid(blend) - beta * h).exp()
+
+
+def aot(chosen, rejected, matched_margin, beta):
+    """AOT, 2406.05882: the step's k-th largest policy margin against the k-th of the reference."""
+    return -logsigmoid(beta * (chosen - rejected - matched_margin))
+
+
+# On a and b, the log-ratios of chosen and rejected: sums over tokens, but for the two *_norm.
+
+
+def ipo_norm(a, b, chosen_length, rejected_length, beta):
+    """IPO on means over tokens, as some trainers have it under the name of IPO."""
+    return (a / chosen_length - b / rejected_length - 1 / (2 * beta)) ** 2
+
+
+def dpo_norm(a, b, chosen_length, rejected_length, beta=5.0):
+    """DPO on means over tokens, Tülu 3, 2411.15124 Eq. 6."""
+    return -logsigmoid(beta * (a / chosen_length - b / rejected_length))
+
+
+def dpop(a, b, beta, alpha=50.0):
+    """DPO-Positive, 2402.13228 Eq. 3 (α is its λ): penalises a chosen response that falls."""
+    return -logsigmoid(beta * (a - b - alpha * relu(-a)))
+
+
+def nca(a, b, beta):
+    """NCA for pairs, 2402.05369: holds the absolute likelihood of the chosen."""
+    return -logsigmoid(beta * a) - (logsigmoid(-beta * a) + logsigmoid(-beta * b)) / 2
+
+
+def bco(a, b, mean_logratio, beta):
+    """BCO, 2404.04656: chosen above, rejected below δ, the mean reward.
+
+    δ is that of the step, not a running mean over steps: a run can then be resumed and repeated.
+    """
+    return -logsigmoid(beta * (a - mean_logratio)) - logsigmoid(-beta * (b - mean_logratio))
+
+
+def kto(a, b, mean_logratio, beta, alpha=1.0):
+    """KTO on pairs, 2402.01306 Eq. 8: λ_w = 1, λ_l = α, z0 = β·max(0, mean log-ratio of the step).
+
+    The paper's z0 is measured on mismatched prompts and responses, here on the pairs themselves.
+    """
+    kl = mean_logratio.clamp(min=0)
+    return torch.sigmoid(-beta * (a - kl)) + alpha * torch.sigmoid(-beta * (kl - b))
+
+
+def apo_zero(a, b, beta):
+    """APO-zero, 2408.06266 Eq. 7: chosen up, rejected down, each saturating."""
+    return torch.sigmoid(-beta * a) + torch.sigmoid(beta * b)
+
+
+def apo_down(a, b, beta):
+    """APO-down, 2408.06266 Eq. 8, for chosen ones worse than the policy's own: pushes both down."""
+    return torch.sigmoid(beta * a) + torch.sigmoid(-beta * (a - b))
+
+
+def sppo(a, b, beta):
+    """SPPO with hard labels, 2405.00675 Eq. 4.7: a to 1/(2β), b to −1/(2β)."""
+    return (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2
+
+
+def cal_dpo(a, b, beta):
+    """Cal-DPO, 2412.14516: DPO with β = 1, and the log-ratios calibrated as in SPPO."""
+    return -logsigmoid(a - b) + sppo(a, b, beta) / 2
+
+
+def chipo(a, b, beta, gamma=5.0):
+    """χPO, 2407.13399: the link φ(a) = eᵃ + a of KL plus χ²; rewards clipped to ±2R, R = γ."""
+    link = lambda ratio: ratio.clamp(max=80).exp() + ratio
+    return -logsigmoid((beta * (link(a) - link(b))).clamp(-2 * gamma, 2 * gamma))
+
+
+def fdpo_alpha(a, b, beta, alpha=0.5):
+    """f-DPO, 2309.16240, α-divergence: f'(π/π_ref) = −e^(−αa)/α. Reverse KL, α → 0, is DPO."""
+    link = lambda ratio: -(-alpha * ratio).clamp(max=80).exp() / alpha  # e⁸⁰ is a float32 still
+    return -logsigmoid(beta * (link(a) - link(b)))
+
+
+def fdpo_forward_kl(a, b, beta):
+    """f-DPO, 2309.16240, forward KL: f'(π/π_ref) = −e⁻ᵃ."""
+    return fdpo_alpha(a, b, beta, alpha=1.0)
+
+
+def fdpo_js(a, b, beta):
+    """f-DPO, 2309.16240, Jensen-Shannon: f'(π/π_ref) = log σ(a), up to a constant."""
+    return -logsigmoid(beta * (logsigmoid(a) - logsigmoid(b)))
+
+
+# Without a reference: sums or means, as each says.
+
+
+def simpo(chosen, rejected, chosen_length, rejected_length, beta=2.0, gamma=1.0):
+    """SimPO, 2405.14734 Eq. 6: means over tokens, with a target margin γ (taken off after β)."""
+    return -logsigmoid(beta * (chosen / chosen_length - rejected / rejected_length) - gamma)
+
+
+def cpo(chosen, rejected, chosen_length, beta):
+    """CPO, 2401.08417 Eq. 3: DPO without a reference, sums; and the chosen's NLL, a mean."""
+    return -logsigmoid(beta * (chosen - rejected)) - chosen / chosen_length
+
+
+def orpo(chosen, rejected, chosen_length, rejected_length, beta):
+    """ORPO, 2403.07691 Eq. 6 (β is its λ): the chosen's NLL and its odds against the rejected's.
+
+    Means over tokens: p = exp(mean log-prob of a token), odds p/(1 − p).
+    """
+    mean = chosen / chosen_length, rejected / rejected_length
+    won, lost = (m - torch.log(-torch.expm1(m.clamp(max=-1e-6))) for m in mean)  # log-odds
+    return -mean[0] - beta * logsigmoid(won - lost)
+
+
+def slic(chosen, rejected, alpha=0.1, gamma=1.0):
+    """SLiC-HF, 2305.10425 Eq. 4 (α, γ: its λ, δ): margin between sums; the chosen's NLL, a sum."""
+    return relu(gamma - chosen + rejected) - alpha * chosen
+
+
+def unlikelihood(chosen, rejected, alpha=0.1):
+    """Chosen up, rejected down, 2305.18290 App. C.3: sums, unbounded below."""
+    return -chosen + alpha * rejected
 
 
 def sft(chosen):
@@ -51,7 +221,25 @@ def sft(chosen):
     return -chosen
 
 
-LOSSES = {"dpo": dpo, "ipo": ipo, "sft": sft}
+# On rankings.
+
+
+def plackett_luce(logratios, beta):
+    """DPO for K ranked responses, 2305.18290 Eq. 20: the best is chosen first, then the next …
+
+    logratios: (K,) of one example, best first. Returns its loss, a scalar. K = 2 is DPO.
+    """
+    rewards = beta * logratios
+    return (rewards.flip(0).logcumsumexp(0).flip(0) - rewards).sum()
+
+
+OBJECTIVES = (
+    *(dpo, robust, ipo, hinge, rdpo, odpo, exo, discopop, aot),
+    *(ipo_norm, dpo_norm, dpop, nca, bco, kto, apo_zero, apo_down, sppo, cal_dpo, chipo),
+    *(fdpo_alpha, fdpo_forward_kl, fdpo_js),
+    *(simpo, cpo, orpo, slic, unlikelihood, sft, plackett_luce),
+)
+LOSSES = {function.__name__: function for function in OBJECTIVES}
 
 
 def needs(loss: str) -> set[str]:
@@ -59,12 +247,29 @@ def needs(loss: str) -> set[str]:
     return set(inspect.signature(LOSSES[loss]).parameters)
 
 
-def initial_loss(loss: str, beta: float, label_smoothing: float) -> float:
-    """The loss of a pair before the first step, when policy and reference agree: ln 2 for DPO."""
-    zero = torch.zeros(1, dtype=torch.float64)
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    given = dict.fromkeys(names, zero) | {"beta": beta, "label_smoothing": label_smoothing}
-    return LOSSES[loss](**{name: given[name] for name in needs(loss)}).item()
+def defaults(loss: str) -> dict[str, float]:
+    """The settings of which a loss brings a default of its own."""
+    parameters = inspect.signature(LOSSES[loss]).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+# What some losses must know of the whole step, all ranks and micro-batches, without gradient:
+# (pairs of the step,) vectors -> the same. The trainer takes them in a forward pass of its own.
+
+
+def mean_logratio(chosen, rejected, ref_chosen, ref_rejected):
+    """The mean of all a and b of the step, once for each pair."""
+    return ((chosen - ref_chosen + rejected - ref_rejected) / 2).mean().expand_as(chosen)
+
+
+def matched_margin(chosen, rejected, ref_chosen, ref_rejected):
+    """For the pair with the k-th largest policy margin the k-th largest reference margin."""
+    matched = torch.empty_like(ref_chosen)
+    matched[(chosen - rejected).argsort()] = (ref_chosen - ref_rejected).sort().values
+    return matched
+
+
+STATISTICS = {"mean_logratio": mean_logratio, "matched_margin": matched_margin}
 
 
 def sequence_logps(model, batch) -> torch.Tensor:
@@ -73,50 +278,83 @@ def sequence_logps(model, batch) -> torch.Tensor:
     return logps.new_zeros(len(batch.lengths)).index_add(0, batch.response, logps)
 
 
-def compute_loss(loss: str, logps, batch, reference=None, beta=0.1, label_smoothing=0.0):
-    """Loss of one micro-batch, summed over its pairs (for SFT over its response tokens).
+def pair_vectors(logps, reference, batch, swapped: bool = False) -> dict[str, torch.Tensor]:
+    """All (P,) vectors that a loss can ask for, but for statistics; with the labels as they are, or
+    swapped."""
+    w, l = (batch.rejected, batch.chosen) if swapped else (batch.chosen, batch.rejected)  # noqa: E741
+    v = {"chosen": logps[w], "rejected": logps[l]}
+    v |= {"ref_chosen": reference[w], "ref_rejected": reference[l]}
+    v |= {"a": v["chosen"] - v["ref_chosen"], "b": v["rejected"] - v["ref_rejected"]}
+    v |= {"h": v["a"] - v["b"], "margin": -batch.margins if swapped else batch.margins}
+    lengths = batch.lengths.to(logps.dtype)
+    return v | {"chosen_length": lengths[w], "rejected_length": lengths[l]}
 
-    logps: (N,) from `sequence_logps`; reference: the same under the reference. Returns the scalar
-    sum, to be divided by the pairs (tokens) of the whole step, and detached sums for the metrics.
+
+def pair_losses(loss: str, logps, reference, batch, statistics: dict, options: dict):
+    """The loss of every pair, (P,). A pair whose label is soft, "chosen is better with probability
+    p", has p times its loss and 1 − p times what it would be with the labels swapped."""
+    names, losses = needs(loss), []
+    for swapped in (False, True)[: 1 + batch.soft]:
+        given = options | statistics | pair_vectors(logps, reference, batch, swapped)
+        if swapped and "matched_margin" in statistics:
+            given["matched_margin"] = -statistics["matched_margin"]
+        losses.append(LOSSES[loss](**{name: given[name] for name in names & given.keys()}))
+    if not batch.soft:
+        return losses[0]
+    return batch.labels * losses[0] + (1 - batch.labels) * losses[1]
+
+
+def compute_loss(
+    loss: str, logps, batch, reference=None, beta=0.1, sft_weight=0.0, statistics=None, **options
+):
+    """Loss of one micro-batch, summed over its pairs (for sft over its response tokens).
+
+    logps: (N,) from `sequence_logps`; reference: the same under the reference, None in the SFT
+    stage. sft_weight: α of an added α·NLL of each example's best response, a mean over its tokens
+    (RPO, 2404.19733 Eq. 1). statistics: of STATISTICS those that the loss needs, (P,) each.
+    options: other settings of the loss. Returns the scalar sum, to be divided by the pairs (tokens)
+    of the whole step, and detached sums for the metrics.
     """
+    best, best_length = logps[batch.best], batch.lengths[batch.best]  # (E,)
+    count = batch.weights.double().sum()
     if loss == "sft":
-        total = sft(logps[batch.best]).sum()
-        tokens = batch.lengths[batch.best].sum()
-        return total, {"loss": total.detach(), "pairs": len(batch.best), "tokens": tokens}
-    vectors = {"chosen": logps[batch.chosen], "rejected": logps[batch.rejected]}  # (P,)
-    vectors |= {"ref_chosen": reference[batch.chosen], "ref_rejected": reference[batch.rejected]}
-    given = vectors | {"beta": beta, "label_smoothing": label_smoothing}
-    losses = LOSSES[loss](**{name: given[name] for name in needs(loss)})
-    total = (batch.weights * losses).sum()
-    lengths = batch.lengths[batch.chosen], batch.lengths[batch.rejected]
-    with torch.no_grad():
-        metrics = pair_metrics(**vectors, lengths=lengths, beta=beta)
-        sums = {name: value.sum() for name, value in metrics.items()}
-    sums |= {"loss": total.detach(), "pairs": len(losses), "tokens": batch.lengths.sum()}
-    sums["weight"] = batch.weights.double().sum()
+        total, count = sft(best).sum(), best_length.sum()
+    elif loss == "plackett_luce":
+        rankings = zip(batch.example_weights, (logps - reference).split(batch.sizes))
+        total = logps.sum() * 0 + sum(w * plackett_luce(ratios, beta) for w, ratios in rankings)
+    else:
+        options |= {"beta": beta}
+        losses = pair_losses(loss, logps, reference, batch, statistics or {}, options)
+        total = (batch.weights * losses).sum()
+    if sft_weight:
+        total = total - sft_weight * (batch.example_weights * best / best_length).sum()
+    sums = {"loss": total.detach(), "count": count}
+    if reference is not None:
+        with torch.no_grad():
+            metrics = pair_metrics(pair_vectors(logps, reference, batch), beta)
+        sums |= {"pairs": len(batch.chosen)} | {k: v.sum() for k, v in metrics.items()}
     return total, sums
 
 
-def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, lengths, beta) -> dict:
-    """What is logged, (P,) each; names and definitions as in TRL where it has them."""
-    rewards_chosen = beta * (chosen - ref_chosen)
-    rewards_rejected = beta * (rejected - ref_rejected)
-    margins = rewards_chosen - rewards_rejected
+def pair_metrics(v: dict[str, torch.Tensor], beta: float) -> dict[str, torch.Tensor]:
+    """What is logged, (P,) each, from `pair_vectors`; names and definitions as in TRL where it has
+    them."""
+    margins = beta * v["h"]
     gradient_weight = torch.sigmoid(-margins)  # Sec. 4: how much the pair still moves the policy
-    longer = (lengths[0] - lengths[1]).float()
+    longer = v["chosen_length"] - v["rejected_length"]
     metrics = {
-        "rewards/chosen": rewards_chosen,
-        "rewards/rejected": rewards_rejected,
+        "rewards/chosen": beta * v["a"],
+        "rewards/rejected": beta * v["b"],
         "rewards/margins": margins,
         "rewards/accuracies": margins > 0,
         "rewards/ties": margins == 0,
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-        "logps_per_token/chosen": chosen / lengths[0],
-        "logps_per_token/rejected": rejected / lengths[1],
+        "logps/chosen": v["chosen"],
+        "logps/rejected": v["rejected"],
+        "logps_per_token/chosen": v["chosen"] / v["chosen_length"],
+        "logps_per_token/rejected": v["rejected"] / v["rejected_length"],
         "gradient_weight": gradient_weight,
         "saturated": gradient_weight < 0.01,
-        "both_fell": (chosen < ref_chosen) & (rejected < ref_rejected),
+        "both_fell": (v["a"] < 0) & (v["b"] < 0),
         "moments/margin²": margins**2,
         "moments/longer": longer,
         "moments/longer²": longer**2,
@@ -128,15 +366,15 @@ def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, lengths, beta) -> d
 def average_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Sums over all pairs of the logged steps on all ranks -> their averages.
 
-    The loss is per pair, by the pairs' weights, for SFT per token. `length_correlation` is
+    The loss is per pair, by the pairs' weights, for sft per token. `length_correlation` is
     Pearson's, of the margin with the difference of lengths; 0 where either does not vary.
     """
+    loss = sums["loss"] / max(sums["count"], 1e-12)
+    if "pairs" not in sums:
+        return {"loss": loss}
     pairs = max(sums["pairs"], 1)
-    if "rewards/margins" not in sums:
-        return {"loss": sums["loss"] / max(sums["tokens"], 1)}
-    counts = ("pairs", "tokens", "weight")
-    mean = {name: value / pairs for name, value in sums.items() if name not in counts}
-    mean["loss"] = sums["loss"] / max(sums["weight"], 1e-12)
+    mean = {name: value / pairs for name, value in sums.items() if name not in ("count", "pairs")}
+    mean["loss"] = loss
     moments = {k: mean.pop(k) for k in list(mean) if k.startswith("moments/")}
     margin, margin2, longer, longer2, product = mean["rewards/margins"], *moments.values()
     spread = max(margin2 - margin**2, 0) * max(longer2 - longer**2, 0)

@@ -28,7 +28,9 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +64,12 @@ class Settings:
     tokenizer: str = ""  # SentencePiece model for a new model (none: trained on the data)
     out_dir: str = "out/reviews"  # directory of the run
     # objective
-    loss: str = "dpo"  # dpo or ipo
-    beta: float = 0.1  # strength of the KL to the reference
-    label_smoothing: float = 0.0  # rate at which labels are taken to be flipped (conservative DPO)
+    loss: str = "dpo"  # objective of the DPO stage; dpo.py has them all, each in a few lines
+    beta: float = 0.1  # strength of the KL to the reference; dpo_norm, simpo have other defaults
+    label_smoothing: float = 0.0  # rate at which labels are taken to be flipped; robust, exo: own
+    alpha: float = 0.0  # α of the losses that have one, each with its own default in dpo.py
+    gamma: float = 0.0  # γ of the losses that have one, each with its own default in dpo.py
+    sft_weight: float = 0.0  # of an added SFT term, the chosen response's NLL per token
     # optimisation
     optimizer: str = "adamw"  # adamw, or rmsprop as in the paper
     learning_rate: float = 1e-6  # peak of the DPO stage
@@ -107,7 +112,7 @@ class Settings:
 # What the built-in experiment changes, where the command line does not: a small model from nothing.
 REVIEWS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
 CHOICES = {
-    "loss": [name for name in dpo.LOSSES if name != "sft"],
+    "loss": list(dpo.LOSSES),
     "optimizer": ["adamw", "rmsprop"],
     "lr_schedule": ["constant", "linear", "cosine"],
     "review_labels": ["bradley_terry", "deterministic"],
@@ -117,6 +122,8 @@ CHOICES = {
 NEW_MODEL = {"vocab_size", "hidden_size", "num_layers", "num_heads"}
 POSITIVE = NEW_MODEL | {"beta", "batch_size", "micro_batch_tokens", "max_prompt_length"}
 POSITIVE |= {"log_every", "review_demonstrations", "review_pairs"}
+# What a loss must have above 0:
+NOT_ZERO = {"exo": "label_smoothing", "chipo": "gamma", "fdpo_alpha": "alpha"}
 # What may change when resuming:
 MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "wandb", "review_samples"}
 SHOWN = ("/loss", "/rewards/accuracies", "/rewards/margins", "/rewards/chosen")  # in the terminal
@@ -166,7 +173,7 @@ def parse_settings(arguments: list[str]) -> Settings:
         raise SettingError(f"unknown setting {name}: {hint}")
     given = vars(given)
     preset = REVIEWS if given.get("data", Settings.data) == "reviews" else {}
-    settings = Settings(**(preset | given))
+    settings = Settings(**(preset | dpo.defaults(given.get("loss", Settings.loss)) | given))
     check_settings(settings, set(given))
     return settings
 
@@ -187,23 +194,27 @@ def check_settings(s: Settings, given: set[str]):
         raise SettingError("--max_prompt_length must be less than --max_length")
     if s.label_smoothing >= 0.5:
         raise SettingError("--label_smoothing must be less than 0.5: at 0.5 labels say nothing")
+    if (name := NOT_ZERO.get(s.loss)) and not getattr(s, name):
+        raise SettingError(f"--{name} must be greater than 0 for --loss={s.loss}")
     if not s.epochs and not s.sft_epochs:
         raise SettingError("with --sft_epochs=0 and --epochs=0 there is nothing to do")
     if s.hidden_size % (2 * s.num_heads):
         raise SettingError("--hidden_size must be a multiple of twice --num_heads")
     builtin = {name for name in given if name.startswith("review_")}
     no_eval = s.data != "reviews" and not s.eval_data
+    objective = {"beta", "label_smoothing", "alpha", "gamma"}
     ignored = [  # settings, where they would be ignored, and why
         ({"tokenizer", *NEW_MODEL}, s.init_from, "--init_from brings its own"),
         ({"vocab_size"}, s.tokenizer, "--tokenizer brings its own"),
         ({"eval_data", "sft_data"}, s.data == "reviews", "--data=reviews brings its own"),
         (builtin, s.data != "reviews", "it belongs to --data=reviews"),
         ({"sft_data", "sft_learning_rate"}, s.sft_epochs == 0, "--sft_epochs is 0"),
-        ({"loss", "beta", "label_smoothing", "learning_rate"}, s.epochs == 0, "--epochs is 0"),
+        ({"loss", "sft_weight", "learning_rate"} | objective, s.epochs == 0, "--epochs is 0"),
         ({"sft_data"}, s.epochs == 0, "with --epochs=0 SFT trains on --data"),
         ({"weight_decay"}, s.optimizer == "rmsprop", "rmsprop here has none"),
         ({"eval_every"}, no_eval, "there is no --eval_data"),
-        ({"label_smoothing"} - dpo.needs(s.loss), True, f"--loss={s.loss} does not use it"),
+        (objective - dpo.needs(s.loss), True, f"--loss={s.loss} does not use it"),
+        ({"sft_weight"}, s.loss == "sft", "--loss=sft is that term alone"),
     ]
     for names, applies, reason in ignored:
         if applies and names & given:
@@ -251,6 +262,17 @@ class Run:
         if self.world > 1:
             dist.all_reduce(values, operation)
         return values.cpu()
+
+    def gather(self, values: torch.Tensor) -> tuple[torch.Tensor, slice]:
+        """The (n, P) of all ranks side by side, (n, sum of P), in float64 on the CPU, and where
+        this rank's own are in it. (all ranks)"""
+        counts = torch.zeros(self.world)
+        counts[self.rank] = values.shape[1]
+        ends = self.reduce(counts).long().cumsum(0).tolist()
+        own = slice(ends[self.rank] - values.shape[1], ends[self.rank])
+        whole = torch.zeros(len(values), ends[-1], dtype=torch.float64)
+        whole[:, own] = values.cpu()
+        return self.reduce(whole), own
 
     def wait(self):
         """(all ranks)"""
@@ -326,6 +348,18 @@ def load_sets(run: Run, sources: dict[str, tuple], tokenizer) -> dict[str, data.
     return sets
 
 
+def check_pairs(loss: str, sets: dict[str, data.Dataset]):
+    """Raise SettingError if the pairs lack what the loss needs, or have what it would ignore."""
+    for name in sets.keys() & {"pairs", "eval pairs"}:
+        _, labels, margins = sets[name].facts.T
+        if "margin" in dpo.needs(loss) and (without := int(np.isnan(margins).sum())):
+            where = f"{without:,} of the {len(margins):,} {name} have none"
+            raise SettingError(f"--loss={loss} needs a field 'margin' in every pair: {where}")
+        if loss in ("sft", "plackett_luce") and (labels < 1).any():
+            where = f"the {name} have some below 1"
+            raise SettingError(f"--loss={loss} would ignore the field 'soft_label': {where}")
+
+
 def new_config(s: Settings, tokenizer: data.Tokenizer) -> ModelConfig:
     return ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -398,6 +432,7 @@ class Stage:
     eval: data.Dataset | None
     epochs: int
     learning_rate: float
+    options: dict[str, float]  # settings of the loss
     reference: torch.Tensor | None = None  # (responses,) log π_ref of the training responses
     eval_reference: torch.Tensor | None = None
 
@@ -458,13 +493,36 @@ def compute_reference(model, dataset: data.Dataset, run: Run, what: str) -> torc
     return torch.from_numpy(values).to(run.device)
 
 
-def batch_loss(stage: Stage, model, batch: data.Batch, reference, run: Run):
-    """(summed loss, sums of the metrics, log-ratios) of one micro-batch."""
-    with run.autocast():
-        logps = dpo.sequence_logps(model, batch)  # (N,)
-    reference = logps.detach() * 0 if reference is None else reference[batch.response_ids]
-    options = run.settings.beta, run.settings.label_smoothing
-    return *dpo.compute_loss(stage.loss, logps, batch, reference, *options), logps - reference
+def batch_statistics(stage: Stage, model, dataset, plan: list, reference, run: Run) -> list[dict]:
+    """What the loss must know of the whole step, for each micro-batch of this rank: for the losses
+    that ask, from one more forward pass over the step. (all ranks)"""
+    wanted = dpo.STATISTICS.keys() & dpo.needs(stage.loss)
+    if not wanted:
+        return [{}] * len(plan[run.rank])
+    parts, names = [], ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    with inference(model, run), run.autocast():
+        for batch in micro_batches(dataset, plan, run):
+            logps = dpo.sequence_logps(model, batch)
+            vectors = dpo.pair_vectors(logps, reference[batch.response_ids], batch)
+            parts.append(torch.stack([vectors[name] for name in names]))  # (4, P)
+    sizes = [part.shape[1] for part in parts]
+    whole, own = run.gather(torch.cat(parts, dim=1))  # (4, pairs of the step)
+    values = {name: dpo.STATISTICS[name](*whole)[own].float().to(run.device) for name in wanted}
+    return [dict(zip(values, split)) for split in zip(*(v.split(sizes) for v in values.values()))]
+
+
+def forward(stage: Stage, model, plan: list, run: Run, held_out: bool = False) -> Iterator[tuple]:
+    """One step's micro-batches of this rank: log-probs (N,), the reference's, and the loss as a
+    function of log-probs, `dpo.compute_loss` with all else given. (all ranks)"""
+    dataset = stage.eval if held_out else stage.train
+    reference = stage.eval_reference if held_out else stage.reference
+    statistics = batch_statistics(stage, model, dataset, plan, reference, run)
+    for batch, known in zip(micro_batches(dataset, plan, run), statistics):
+        with run.autocast():
+            logps = dpo.sequence_logps(model, batch)
+        given = {"batch": batch, "statistics": known} | stage.options
+        given["reference"] = None if reference is None else reference[batch.response_ids]
+        yield logps, given["reference"], partial(dpo.compute_loss, stage.loss, **given)
 
 
 def averages(totals: Counter, prefix: str, run: Run) -> dict[str, float]:
@@ -477,9 +535,10 @@ def averages(totals: Counter, prefix: str, run: Run) -> dict[str, float]:
 def evaluate(stage: Stage, model, run: Run) -> dict:
     """The stage's metrics on its fixed evaluation set. (all ranks)"""
     totals = Counter()
+    plan = whole_plan(stage.eval, run)
     with inference(model, run):
-        for batch in micro_batches(stage.eval, whole_plan(stage.eval, run), run):
-            totals.update(batch_loss(stage, model, batch, stage.eval_reference, run)[1])
+        for logps, _, loss_of in forward(stage, model, plan, run, held_out=True):
+            totals.update(loss_of(logps)[1])
     return averages(totals, "eval", run)
 
 
@@ -487,24 +546,23 @@ def check_start(stage: Stage, model, plan: list, run: Run):
     """Before the first step the policy is the reference: check that the numbers say so. (all ranks)
 
     Raises SettingError if a log-ratio of the first step's responses is out of tolerance, or the
-    loss is not what theory says it is at log-ratios of zero (ln 2 for DPO).
+    loss is not what it is at log-ratios of zero (ln 2 for DPO, whatever the data).
     """
-    loss, weight, worst = 0.0, 0.0, 0.0
-    s, tolerance = run.settings, 0.5 if run.dtype == "bfloat16" else 0.01  # nats
-    initial = dpo.initial_loss(stage.loss, s.beta, s.label_smoothing)
+    sums, worst = np.zeros(3), 0.0
+    tolerance = 0.5 if run.dtype == "bfloat16" else 0.01  # nats
     with inference(model, run):
-        for batch in micro_batches(stage.train, plan, run):
-            total, _, logratios = batch_loss(stage, model, batch, stage.reference, run)
-            loss, weight = loss + total.item(), weight + batch.weights.sum().item()
-            worst = max(worst, logratios.abs().max().item())
-    loss, weight = run.reduce([loss, weight]).tolist()
-    loss = loss / weight if weight else initial
+        for logps, reference, loss_of in forward(stage, model, plan, run):
+            (loss, got), (at_zero, _) = loss_of(logps), loss_of(reference)
+            sums += loss.item(), at_zero.item(), float(got["count"])
+            worst = max(worst, (logps - reference).abs().max().item())
+    *losses, count = run.reduce(sums).tolist()
+    loss, initial = (value / max(count, 1e-12) for value in losses)
     worst = run.reduce(worst, dist.ReduceOp.MAX).item()
     run.say(
         f"step 0: {stage.loss} loss {loss:.6f}, in theory {initial:.6f}; "
         f"largest log-ratio {worst:.1e} nats (tolerance {tolerance})"
     )
-    if not (worst <= tolerance and abs(loss - initial) <= tolerance * (1 + initial)):
+    if not (worst <= tolerance and abs(loss - initial) <= tolerance * (1 + abs(initial))):
         raise SettingError(
             f"before the first step policy and reference must agree to {tolerance} nats, but "
             f"differ by {worst:.3g}: delete {run.out / 'reference'} to have it computed anew"
@@ -535,8 +593,8 @@ def train_step(stage: Stage, model, optimizer, plan: list, totals: Counter, run:
     count = stage.count(data.examples_of(plan))
     # Under FSDP every micro-batch's gradient is summed over the ranks at once: to wait for the last
     # would be a third less traffic, but a whole gradient in float32 on every rank until then.
-    for batch in micro_batches(stage.train, plan, run):
-        loss, sums, _ = batch_loss(stage, model, batch, stage.reference, run)
+    for logps, _, loss_of in forward(stage, model, plan, run):
+        loss, sums = loss_of(logps)
         # FSDP averages over ranks: times their number this is the sum over all pairs, divided by
         # the pairs of the step, however they are spread over ranks and micro-batches.
         (loss * run.world / count).backward()
@@ -677,8 +735,10 @@ def start_records(run: Run, sets: dict[str, data.Dataset]):
     it, and forgets the metrics that were recorded after its saved state. Else both start anew."""
     path, metrics = run.out / "run.json", run.out / "metrics.jsonl"
     digests = {
-        name: hashlib.sha256(dataset.tokens.tobytes() + dataset.trees.tobytes()).hexdigest()
-        for name, dataset in sets.items()
+        name: hashlib.sha256(
+            b"".join(a.tobytes() for a in (d.tokens, d.trees, d.facts))
+        ).hexdigest()
+        for name, d in sets.items()
     }
     new = {"settings": dataclasses.asdict(run.settings), "data": digests, "ranks": run.world}
     new |= {"python": platform.python_version(), "torch": torch.__version__, "dtype": run.dtype}
@@ -709,6 +769,7 @@ def train(run: Run):
     sources = find_sources(run)
     tokenizer = load_tokenizer(run, sources)
     sets = load_sets(run, sources, tokenizer)
+    check_pairs(s.loss, sets)
     start_records(run, sets)
     sft_done = s.sft_epochs and resumed == "dpo"
     source = run.out / "reference" / "sft" if sft_done else s.init_from
@@ -724,13 +785,17 @@ def train(run: Run):
     )
     if s.sft_epochs and not sft_done:
         sft, sft_eval = sets["sft"], sets.get("sft eval")
-        run_stage(Stage("sft", "sft", sft, sft_eval, s.sft_epochs, s.sft_learning_rate), model, run)
+        stage = Stage("sft", "sft", sft, sft_eval, s.sft_epochs, s.sft_learning_rate, {})
+        run_stage(stage, model, run)
         save_model(model, tokenizer, run.out / "reference" / "sft" if s.epochs else run.out, run)
     if not s.epochs:
         return
 
     # Before any state of this stage is resumed: the reference is the model that DPO starts from.
-    stage = Stage("dpo", s.loss, sets["pairs"], sets.get("eval pairs"), s.epochs, s.learning_rate)
+    names = ("beta", "label_smoothing", "alpha", "gamma", "sft_weight")
+    options = {name: getattr(s, name) for name in names}
+    pairs, held_out = sets["pairs"], sets.get("eval pairs")
+    stage = Stage("dpo", s.loss, pairs, held_out, s.epochs, s.learning_rate, options)
     stage.reference = compute_reference(model, stage.train, run, "training pairs")
     if stage.eval:
         stage.eval_reference = compute_reference(model, stage.eval, run, "evaluation pairs")

@@ -168,44 +168,62 @@ class Reviews:
         return examples
 
 
-def report(checkpoint: str, other: str, count: int):
-    """Measure a policy trained on the reviews against its reference and the optimum."""
+def measure(checkpoint: str, other: str, count: int) -> dict:
+    """A policy trained on the reviews, against its reference and the optimum: arrays over `count`
+    samples of the evaluation prompts, and figures made of them."""
     policy, tokenizer = load(checkpoint)
     reference, _ = load(other)
     grammar = Reviews()
     prompts = np.random.default_rng(0).choice(grammar.prompts["eval"], count).tolist()
-    rewards, accepted, texts = {}, {}, {}
+    found = {"prompts": prompts}
     for name, model in (("SFT", reference), ("DPO", policy)):
         trees = draw(model, tokenizer, prompts, max_new_tokens=64)
-        texts[name] = [tokenizer.decode(response, continuation=True) for _, response in trees]
+        texts = [tokenizer.decode(response, continuation=True) for _, response in trees]
         ended = np.array([response[-1] == tokenizer.eos_id for _, response in trees])
-        scores = np.array([grammar.score(x, y)[1] for x, y in zip(prompts, texts[name])])
-        accepted[name] = np.isfinite(scores) & ended
-        rewards[name] = np.where(accepted[name], scores, 0.0)
-    kl = measure_kl(policy, reference, trees)
+        logps, rewards = np.transpose([grammar.score(x, y) for x, y in zip(prompts, texts)])
+        accepted = np.isfinite(rewards) & ended
+        rewards = np.where(accepted, rewards, 0.0)
+        found[name] = {"texts": texts, "grammar": logps, "rewards": rewards, "accepted": accepted}
+        found[name]["logps"] = response_logps(model, data.to_arrays(trees))
+    found["KL"] = measure_kl(policy, reference, trees)
 
     written = data.encode_examples(grammar.demonstrations(2000, "eval"), tokenizer, 512, 256)
     loss = -response_logps(reference, written).sum() / written.response_lengths().sum()
     entropy = grammar.entropy() / written.response_lengths().mean()
     pairs = data.encode_examples(grammar.preferences(2000, "eval"), tokenizer, 512, 256)
     ratios = response_logps(policy, pairs) - response_logps(reference, pairs)  # w l w l …
+    accuracy = (ratios[::2] > ratios[1::2]).mean()
 
-    mean = {name: x.mean() for name, x in (rewards | {"KL": kl}).items()}
-    error = {name: x.std(ddof=1) / len(x) ** 0.5 for name, x in (rewards | {"KL": kl}).items()}
     start = grammar.frontier(0.0)
-    gain, best = mean["DPO"] - mean["SFT"], grammar.frontier(mean["KL"]) - start
-    share_error = math.hypot(error["SFT"], error["DPO"]) / best
+    gain = found["DPO"]["rewards"].mean() - found["SFT"]["rewards"].mean()
+    best = grammar.frontier(found["KL"].mean()) - start
+    share_error = math.hypot(*(error(found[name]["rewards"]) for name in ("SFT", "DPO"))) / best
+    figures = {"loss": loss, "entropy": entropy, "accuracy": accuracy, "start": start}
+    return found | figures | {"gain": gain, "best": best, "share_error": share_error}
+
+
+def error(values: np.ndarray) -> float:
+    """Standard error of the mean."""
+    return values.std(ddof=1) / len(values) ** 0.5
+
+
+def report(checkpoint: str, other: str, count: int):
+    """Print what `measure` finds, and a few samples."""
+    m = measure(checkpoint, other, count)
+    sft, dpo = m["SFT"], m["DPO"]
+    show_mean = lambda values: f"{values.mean():.3f} ± {error(values):.3f}"
+    share = f"{m['gain'] / m['best']:.1%} ± {m['share_error']:.1%}"
     print(f"""
 {count:,} samples of the evaluation prompts, ± one standard error
-  SFT loss per token   {loss:.4f} nats; entropy of the grammar {entropy:.4f}
-  reward accuracy      {(ratios[::2] > ratios[1::2]).mean():.1%} of 2,000 held-out noisy labels
-  true reward of SFT   {mean["SFT"]:.3f} ± {error["SFT"]:.3f}  (of the grammar itself {start:.3f})
-  true reward of DPO   {mean["DPO"]:.3f} ± {error["DPO"]:.3f}
-  KL(π‖π_ref)          {mean["KL"]:.3f} ± {error["KL"]:.3f} nats
-  reward gained        {gain:.3f} of R*(KL) = {best:.3f}: {gain / best:.1%} ± {share_error:.1%}
-  accepted             SFT {accepted["SFT"].mean():.1%}, DPO {accepted["DPO"].mean():.1%}""")
+  SFT loss per token   {m["loss"]:.4f} nats; entropy of the grammar {m["entropy"]:.4f}
+  reward accuracy      {m["accuracy"]:.1%} of 2,000 held-out noisy labels
+  true reward of SFT   {show_mean(sft["rewards"])}  (of the grammar itself {m["start"]:.3f})
+  true reward of DPO   {show_mean(dpo["rewards"])}
+  KL(π‖π_ref)          {show_mean(m["KL"])} nats
+  reward gained        {m["gain"]:.3f} of R*(KL) = {m["best"]:.3f}: {share}
+  accepted             SFT {sft["accepted"].mean():.1%}, DPO {dpo["accepted"].mean():.1%}""")
     for i in range(min(3, count)):
-        show(prompts[i], ["SFT", "DPO"], [texts["SFT"][i], texts["DPO"][i]])
+        show(m["prompts"][i], ["SFT", "DPO"], [sft["texts"][i], dpo["texts"][i]])
 
 
 def write_files(out: Path, seed: int, demonstrations: int, pairs: int, deterministic: bool):
@@ -219,6 +237,9 @@ def write_files(out: Path, seed: int, demonstrations: int, pairs: int, determini
     for name, examples in files.items():
         names = ("prompt", "response") if name == "sft" else ("prompt", "chosen", "rejected")
         rows = [dict(zip(names, (e.prompt, *e.responses))) for e in examples]
+        if name != "sft":  # by how much the true reward prefers the chosen one, for --loss=odpo
+            rewards = ([grammar.score(e.prompt, y)[1] for y in e.responses] for e in examples)
+            rows = [row | {"margin": better - r} for row, (better, r) in zip(rows, rewards)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
 

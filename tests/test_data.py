@@ -543,7 +543,7 @@ def test_encoded_files_are_kept_by_content(tokenizer, tmp_path, monkeypatch):
         before = len(calls)
         dataset = data.encode_files(paths, read, tokenizer, *limits, cache)
         expected = real(read(paths), tokenizer, *limits)
-        for name in ("tokens", "offsets", "learnt", "trees", "weights"):
+        for name in ("tokens", "offsets", "learnt", "trees", "facts"):
             assert getattr(dataset, name).tolist() == getattr(expected, name).tolist()
         assert dataset.counts == expected.counts and isinstance(dataset.tokens, np.memmap)
         return len(calls) - before
@@ -655,7 +655,7 @@ def test_a_batch_holds_what_its_examples_say():
     """Against the definition, tree by tree: positions, segments, what predicts what, pairs."""
     sizes = [[3, 3, 2, 1], [1, 2], [2, 4, 2]]
     dataset = random_dataset(sizes)
-    dataset.weights[0] = 6.0
+    dataset.facts[0, 0] = 6.0
     batch = data.collate(dataset, np.array([0, 2, 1]))
     read, trees = [], []
     for tree in (0, 2, 1):

@@ -1,0 +1,53 @@
+"""Every objective on the built-in experiment, from the same SFT model: the table of the README.
+
+    python train.py                         # leaves the SFT model that all of them start from
+    python experiments/losses.py            # each loss by its settings below
+    python experiments/losses.py "dpo --beta=0.3" "simpo --beta=5 --gamma=0"     # these instead
+
+The same β is not the same step in different losses (their slopes at the start differ), so each has
+one at which it moves about as far from the reference as DPO does with β = 1.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from experiments.reviews import error, measure  # noqa: E402
+
+SETTINGS = """dpo --beta=1
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", help="a loss and its flags, as one word each")
+    parser.add_argument("--base", default="out/reviews", help="the run with the SFT model")
+    parser.add_argument("--count", type=int, default=5000, help="samples of each (default 5000)")
+    args = parser.parse_args()
+    start = Path(args.base, "reference", "sft")
+    print("| loss and settings | KL | true reward | share of R\\*(KL) | accepted |")
+    print("|---|---|---|---|---|")
+    for line in args.settings or SETTINGS.splitlines():
+        loss, *flags = line.split()
+        out = Path(args.base).parent / "losses" / line.replace(" --", "-").replace("=", "")
+        fixed = ["--sft_epochs=0", "--review_samples=0", f"--init_from={start}", f"--out_dir={out}"]
+        command = [sys.executable, ROOT / "train.py", f"--loss={loss}", *flags, *fixed]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        m = measure(out, start, args.count)
+        kl, policy = m["KL"], m["DPO"]
+        print(
+            f"| {line.replace(' --', ' ')} | {kl.mean():.2f} ± {error(kl):.2f} "
+            f"| {policy['rewards'].mean():.2f} ± {error(policy['rewards']):.2f} "
+            f"| {m['gain'] / m['best']:.0%} ± {m['share_error']:.0%} "
+            f"| {policy['accepted'].mean():.1%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
