@@ -73,9 +73,9 @@ class Example(NamedTuple):
     prompt: str | list
     responses: tuple
     weight: float = 1.0
+    where: str = ""  # file:line, for messages
     label: float = 1.0  # probability that chosen is better than rejected
     margin: float = math.nan  # by how much, for the losses that ask; nan: not known
-    where: str = ""  # file:line, for messages
 
     chosen = property(lambda self: self.responses[0])
     rejected = property(lambda self: self.responses[1])
@@ -500,7 +500,7 @@ def parse(where: str, row: dict, formats: list) -> Example:
             raise DataError("field 'soft_label' belongs to a pair of responses")
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    return Example(prompt, responses, weight, label, margin, where)
+    return Example(prompt, responses, weight, where, label, margin)
 
 
 def number(row: dict, name: str, default: float, least=-1e6, most=1e6) -> float:

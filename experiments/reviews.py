@@ -231,7 +231,7 @@ def write_files(out: Path, seed: int, demonstrations: int, pairs: int, determini
     grammar = Reviews(seed)
     files = {
         "pairs": grammar.preferences(pairs, "train", deterministic),
-        "eval": grammar.preferences(1000, "eval", deterministic),
+        "eval": grammar.preferences(min(1000, 2 * pairs), "eval", deterministic),
         "sft": grammar.demonstrations(demonstrations, "train"),
     }
     for name, examples in files.items():

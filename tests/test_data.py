@@ -87,6 +87,27 @@ def test_files_of_pairs_rankings_and_demonstrations(tmp_path):
     assert [e.responses for e in data.read_demonstrations(sft)] == [("r",), (" 4",)]
 
 
+def test_soft_labels_and_margins_reach_the_batch(tmp_path):
+    """As numbers in the file, margins also as the difference of scores; by pair, K-wise weighted."""
+    ids = {"prompt": [5], "chosen": [6, 2], "rejected": [7, 2]}
+    rows = [
+        ids | {"soft_label": 0.75, "margin": -1.5, "weight": 2},
+        ids | {"score_chosen": 8.5, "score_rejected": 6},
+        ids | {"score_chosen": 8.5, "score_rejected": 6, "margin": 1},
+        {"prompt": [5], "responses": [[6, 2], [7, 2], [8, 2]], "weight": 6},
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    dataset = data.encode_examples(data.read_preferences(path), None, 9, 8)
+    batch = data.collate(dataset, np.array([1, 0, 3, 2]))
+    assert batch.labels.tolist() == [1, 0.75, 1, 1, 1, 1] and batch.soft
+    assert batch.margins.tolist() == pytest.approx([2.5, -1.5, *[math.nan] * 3, 1], nan_ok=True)
+    assert batch.weights.tolist() == [1, 2, 2, 2, 2, 1] and batch.sizes == (2, 2, 3, 2)
+    assert batch.example_weights.tolist() == [1, 2, 6, 1]
+    assert not data.collate(dataset, np.array([1, 3])).soft
+    idle = data.collate(dataset, np.array([], dtype=int))
+    assert not idle.soft and len(idle.labels) == len(idle.margins) == len(idle.example_weights) == 0
+
+
 BAD_LINES = {
     b'{"prompt": "a", "chosen": "b"': "invalid JSON",
     b'["prompt"]': "expected a JSON object",
@@ -102,6 +123,9 @@ BAD_LINES = {
     b'{"prompt": "a", "responses": ["b", null]}': "'response' must be text or a list, found NoneType",
     b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": -1}': "'weight' must be a number",
     b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": NaN}': "'weight' must be a number",
+    b'{"prompt": "a", "chosen": "b", "rejected": "c", "soft_label": 1.2}': "'soft_label' must be a number from 0 to 1",
+    b'{"prompt": "a", "responses": ["b", "c", "d"], "soft_label": 0.7}': "'soft_label' belongs to a pair",
+    b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": true}': "'margin' must be a number",
 }
 
 
@@ -544,7 +568,7 @@ def test_encoded_files_are_kept_by_content(tokenizer, tmp_path, monkeypatch):
         dataset = data.encode_files(paths, read, tokenizer, *limits, cache)
         expected = real(read(paths), tokenizer, *limits)
         for name in ("tokens", "offsets", "learnt", "trees", "facts"):
-            assert getattr(dataset, name).tolist() == getattr(expected, name).tolist()
+            np.testing.assert_array_equal(getattr(dataset, name), getattr(expected, name))
         assert dataset.counts == expected.counts and isinstance(dataset.tokens, np.memmap)
         return len(calls) - before
 
