@@ -187,10 +187,11 @@ def measure(checkpoint: str, other: str, count: int) -> dict:
         found[name]["logps"] = response_logps(model, data.to_arrays(trees))
     found["KL"] = measure_kl(policy, reference, trees)
 
-    written = data.encode_examples(grammar.demonstrations(2000, "eval"), tokenizer, 512, 256)
+    held_out = min(count, 2000)
+    written = data.encode_examples(grammar.demonstrations(held_out, "eval"), tokenizer, 512, 256)
     loss = -response_logps(reference, written).sum() / written.response_lengths().sum()
     entropy = grammar.entropy() / written.response_lengths().mean()
-    pairs = data.encode_examples(grammar.preferences(2000, "eval"), tokenizer, 512, 256)
+    pairs = data.encode_examples(grammar.preferences(held_out, "eval"), tokenizer, 512, 256)
     ratios = response_logps(policy, pairs) - response_logps(reference, pairs)  # w l w l …
     accuracy = (ratios[::2] > ratios[1::2]).mean()
 
@@ -216,7 +217,7 @@ def report(checkpoint: str, other: str, count: int):
     print(f"""
 {count:,} samples of the evaluation prompts, ± one standard error
   SFT loss per token   {m["loss"]:.4f} nats; entropy of the grammar {m["entropy"]:.4f}
-  reward accuracy      {m["accuracy"]:.1%} of 2,000 held-out noisy labels
+  reward accuracy      {m["accuracy"]:.1%} of {min(count, 2000):,} held-out noisy labels
   true reward of SFT   {show_mean(sft["rewards"])}  (of the grammar itself {m["start"]:.3f})
   true reward of DPO   {show_mean(dpo["rewards"])}
   KL(π‖π_ref)          {show_mean(m["KL"])} nats

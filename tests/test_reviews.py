@@ -5,7 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from conftest import read_metrics, write_jsonl
 
+import data
+import train
 from experiments import reviews
 
 
@@ -81,3 +84,79 @@ def test_grammar_labels_and_acceptance():
     for broken in ("", ".", " The plot was slow", " The coffee was slow.", " The plot was slow..",
                    " the plot was slow.", " The plot was slow, but the plot was slow."):  # fmt: skip
         assert grammar.score(prompt, broken)[0] == -math.inf
+
+
+# Runs on the grammar itself, from one small SFT model.
+
+LABELS = ("true", "swapped", "random")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
+    """What DPO makes of the experiment's labels, of swapped and of random ones: for each the
+    figures of `measure` and the metrics, all evaluated on true labels."""
+    root, results = tmp_path_factory.mktemp("reviews"), {}
+    run = lambda out, *flags: train.train(
+        train.Run(train.parse_settings([*flags, f"--out_dir={out}", "--log_every=10"]))
+    )
+    run(root / "sft", "--review_demonstrations=9000", "--review_pairs=2000", "--epochs=0")
+    pairs, held_out = (
+        [row for _, row in data.read_jsonl(root / "sft" / f"{name}.jsonl")]
+        for name in ("pairs", "eval")
+    )
+    held_out = write_jsonl(root / "eval.jsonl", held_out[:300])
+    rng = np.random.default_rng(0)
+    for label in LABELS:
+        turned = {"true": [0] * len(pairs), "swapped": [1] * len(pairs)}.get(label)
+        rows = [
+            row | ({"chosen": row["rejected"], "rejected": row["chosen"]} if turn else {})
+            for row, turn in zip(pairs, turned or rng.integers(0, 2, len(pairs)))
+        ]
+        settings = f"""--init_from={root / "sft"} --sft_epochs=0 --beta=1 --learning_rate=3e-4
+            --batch_size=32 --data={write_jsonl(root / f"{label}.jsonl", rows)}
+            --eval_data={held_out} --eval_every=20 --micro_batch_tokens=1024""".split()
+        run(root / label, *settings)
+        found = reviews.measure(root / label, root / "sft", 800)
+        results[label] = found, read_metrics(root / label)
+    return results
+
+
+def test_swapped_labels_mirror_and_random_ones_gain_nothing(runs):
+    """True reward, KL, accuracy and the margins on held-out true labels."""
+    gains = {label: found["gain"] for label, (found, _) in runs.items()}
+    error = np.hypot(*(reviews.error(runs["true"][0][n]["rewards"]) for n in ("SFT", "DPO")))
+    assert gains["true"] > 10 * error and gains["swapped"] < -10 * error
+    assert abs(gains["random"]) < 4 * error < 0.5 * gains["true"]
+    print(gains, error)
+    curves = {
+        label: np.array([row["eval/rewards/margins"] for row in rows if "eval/loss" in row])
+        for label, (_, rows) in runs.items()
+    }
+    print(curves)
+    assert len(curves["true"]) == 5 and curves["true"][0] == curves["swapped"][0] == 0
+    assert (np.diff(curves["true"]) > 0).all() and curves["true"][-1] > 0.3
+    both = curves["true"][1:], curves["swapped"][1:]
+    assert both[1] == pytest.approx(-both[0], rel=0.35)
+    assert (np.abs(curves["random"]) < 0.15 * curves["true"][-1]).all()
+    accuracy = {label: rows[-1]["eval/rewards/accuracies"] for label, (_, rows) in runs.items()}
+    assert accuracy["true"] > 0.7 and accuracy["swapped"] < 0.3
+    assert accuracy["random"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_no_policy_is_above_the_frontier(runs):
+    """E r(y) is at most R*(KL(π‖p)), p the grammar: exact for any policy, and so up to the standard
+    errors of the two estimates. Of the samples that the grammar could have written, π given that
+    it writes one of those; KL by k1, for p is known and π is its own log-prob."""
+    frontier = reviews.Reviews().frontier
+    policies = {label: found["DPO"] for label, (found, _) in runs.items()}
+    for label, policy in (policies | {"SFT": runs["true"][0]["SFT"]}).items():
+        kept = policy["accepted"]
+        k1 = policy["logps"][kept] - policy["grammar"][kept] - math.log(kept.mean())
+        reward, kl = policy["rewards"][kept].mean(), k1.mean()
+        slope = (frontier(kl + 0.01) - frontier(max(kl - 0.01, 0))) / 0.02
+        error = math.hypot(reviews.error(policy["rewards"][kept]), slope * reviews.error(k1))
+        assert kept.mean() > 0.5 and kl > -2 * reviews.error(k1), label
+        assert reward <= frontier(max(kl, 0)) + error, label
+        print(label, kept.mean(), kl, reward, frontier(max(kl, 0)), error)
+    true = runs["true"][0]
+    assert 0.5 < true["gain"] / true["best"] < 1 + true["share_error"]
