@@ -492,24 +492,27 @@ def parse(where: str, row: dict, formats: list) -> Example:
             if is_turns(response) and response[-1]["role"] != "assistant":
                 raise DataError("a conversation must end with the assistant's turn")
         responses = tuple(bare(r) if is_turns(r) else r for r in responses)
-        weight = number(row, "weight", 1.0, least=0, most=1e6)
-        label = number(row, "soft_label", 1.0, least=0, most=1)
-        better, worse = (number(row, f"score_{side}", math.nan) for side in ("chosen", "rejected"))
-        margin = number(row, "margin", better - worse)
-        if label < 1 and len(responses) != 2:
-            raise DataError("field 'soft_label' belongs to a pair of responses")
+        weight, label, margin = number(row, "weight", 1.0, 0, 1e6), 1.0, math.nan
+        if len(responses) > 1:
+            label = number(row, "soft_label", 1.0, 0, 1)
+            scores = row.get("score_chosen"), row.get("score_rejected")
+            known = all(type(score) in (int, float) for score in scores)
+            margin = scores[0] - scores[1] if known else math.nan
+            margin = number(row, "margin", margin, -1e6, 1e6)
+        if len(responses) > 2 and (label < 1 or not math.isnan(margin)):
+            raise DataError("fields 'soft_label', 'margin' and scores belong to pairs")
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return Example(prompt, responses, weight, where, label, margin)
 
 
-def number(row: dict, name: str, default: float, least=-1e6, most=1e6) -> float:
+def number(row: dict, name: str, default: float, least: float, most: float) -> float:
     """An optional field of a row. Raises DataError unless it is a number in range."""
-    value = default if row.get(name) is None else row[name]
-    if value is not default and (type(value) not in (int, float) or not least <= value <= most):
-        raise DataError(
-            f"field '{name}' must be a number from {least:g} to {most:g}, found {value!r}"
-        )
+    if (value := row.get(name)) is None:
+        return default
+    if type(value) not in (int, float) or not least <= value <= most:
+        allowed = f"a number from {least:g} to {most:g}"
+        raise DataError(f"field '{name}' must be {allowed}, found {value!r}")
     return float(value)
 
 
@@ -675,9 +678,8 @@ def encode_files(
     """`encode_examples` of what `read` finds in the files, kept in `cache` under a digest of the
     files' contents, the tokenizer and the limits; a hit is mapped, not read."""
     limits = max_length, max_prompt_length
-    digest = hashlib.sha256(
-        f"encoding 2, {read.__name__} {limits}".encode()
-    )  # raise when it changes
+    version = "encoding 2"  # to be raised when its result changes
+    digest = hashlib.sha256(f"{version}, {read.__name__} {limits}".encode())
     for name, content in [("", tokenizer.proto), *tokenizer.files.items()] if tokenizer else []:
         digest.update(f"{name} {len(content)} ".encode() + content)
     for path in filter(None, paths.split(",")):

@@ -32,6 +32,7 @@ from torch.nn.functional import logsigmoid, relu
 #   chosen_length, rejected_length    response tokens, EOS included
 #   margin                            from the data
 #   mean_logratio, matched_margin     of the whole step, see STATISTICS
+#   logratios                         (K,) of the responses of one example, best first
 #   beta, label_smoothing, alpha, gamma    settings; a default given here is the loss's own
 # β·a and β·b are the implicit rewards (Eq. 5, up to what cancels).
 
@@ -92,8 +93,9 @@ def discopop(h, beta):
 
     It has a local minimum at βh = −0.119, and at βh = 0 its slope has the wrong sign.
     """
-    blend = beta * h / 0.05
-    return -torch.sigmoid(-blend) * logsigmoid(beta * h) + (logsigmoid(blend) - beta * h).exp()
+    z, gate = beta * h, beta * h / 0.05
+    exponential = (logsigmoid(gate) - z).exp()  # σ(gate)·e⁻ᶻ in one, as e⁻ᶻ alone can overflow
+    return -torch.sigmoid(-gate) * logsigmoid(z) + exponential
 
 
 def aot(chosen, rejected, matched_margin, beta):
@@ -137,8 +139,8 @@ def kto(a, b, mean_logratio, beta, alpha=1.0):
 
     The paper's z0 is measured on mismatched prompts and responses, here on the pairs themselves.
     """
-    kl = mean_logratio.clamp(min=0)
-    return torch.sigmoid(-beta * (a - kl)) + alpha * torch.sigmoid(-beta * (kl - b))
+    z0 = beta * mean_logratio.clamp(min=0)
+    return torch.sigmoid(z0 - beta * a) + alpha * torch.sigmoid(beta * b - z0)
 
 
 def apo_zero(a, b, beta):
@@ -163,18 +165,18 @@ def cal_dpo(a, b, beta):
 
 def chipo(a, b, beta, gamma=5.0):
     """χPO, 2407.13399: the link φ(a) = eᵃ + a of KL plus χ²; rewards clipped to ±2R, R = γ."""
-    link = lambda ratio: ratio.clamp(max=80).exp() + ratio
+    link = lambda ratio: ratio.clamp(max=80).exp() + ratio  # e⁸⁰ is a float32 still
     return -logsigmoid((beta * (link(a) - link(b))).clamp(-2 * gamma, 2 * gamma))
 
 
 def fdpo_alpha(a, b, beta, alpha=0.5):
-    """f-DPO, 2309.16240, α-divergence: f'(π/π_ref) = −e^(−αa)/α. Reverse KL, α → 0, is DPO."""
-    link = lambda ratio: -(-alpha * ratio).clamp(max=80).exp() / alpha  # e⁸⁰ is a float32 still
+    """f-DPO, 2309.16240, α-divergence: f'(π/π_ref) = (1 − e^(−αa))/α. Reverse KL, α → 0, is DPO."""
+    link = lambda ratio: -torch.expm1((-alpha * ratio).clamp(max=80)) / alpha
     return -logsigmoid(beta * (link(a) - link(b)))
 
 
 def fdpo_forward_kl(a, b, beta):
-    """f-DPO, 2309.16240, forward KL: f'(π/π_ref) = −e⁻ᵃ."""
+    """f-DPO, 2309.16240, forward KL: f'(π/π_ref) = 1 − e⁻ᵃ."""
     return fdpo_alpha(a, b, beta, alpha=1.0)
 
 
@@ -253,17 +255,24 @@ def defaults(loss: str) -> dict[str, float]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
+def call(function, given: dict):
+    """A loss or a statistic of those of the given that its signature names."""
+    names = inspect.signature(function).parameters.keys() & given.keys()
+    return function(**{name: given[name] for name in names})
+
+
 # What some losses must know of the whole step, all ranks and micro-batches, without gradient:
 # (pairs of the step,) vectors -> the same. The trainer takes them in a forward pass of its own.
 
 
-def mean_logratio(chosen, rejected, ref_chosen, ref_rejected):
-    """The mean of all a and b of the step, once for each pair."""
-    return ((chosen - ref_chosen + rejected - ref_rejected) / 2).mean().expand_as(chosen)
+def mean_logratio(a, b, weight):
+    """The mean of all a and b of the step, by the pairs' weights; once for each pair."""
+    return ((weight * (a + b) / 2).sum() / weight.sum().clamp(min=1e-12)).expand_as(a)
 
 
 def matched_margin(chosen, rejected, ref_chosen, ref_rejected):
-    """For the pair with the k-th largest policy margin the k-th largest reference margin."""
+    """For the pair with the k-th largest policy margin the k-th largest reference margin; every
+    pair counts once, whatever its weight."""
     matched = torch.empty_like(ref_chosen)
     matched[(chosen - rejected).argsort()] = (ref_chosen - ref_rejected).sort().values
     return matched
@@ -287,33 +296,37 @@ def pair_vectors(logps, reference, batch, swapped: bool = False) -> dict[str, to
     v |= {"a": v["chosen"] - v["ref_chosen"], "b": v["rejected"] - v["ref_rejected"]}
     v |= {"h": v["a"] - v["b"], "margin": -batch.margins if swapped else batch.margins}
     lengths = batch.lengths.to(logps.dtype)
-    return v | {"chosen_length": lengths[w], "rejected_length": lengths[l]}
+    v |= {"chosen_length": lengths[w], "rejected_length": lengths[l]}
+    return v | {"weight": batch.weights}
 
 
 def pair_losses(loss: str, logps, reference, batch, statistics: dict, options: dict):
     """The loss of every pair, (P,). A pair whose label is soft, "chosen is better with probability
     p", has p times its loss and 1 − p times what it would be with the labels swapped."""
-    names, losses = needs(loss), []
-    for swapped in (False, True)[: 1 + batch.soft]:
+
+    def with_labels(swapped: bool):
         given = options | statistics | pair_vectors(logps, reference, batch, swapped)
-        if swapped and "matched_margin" in statistics:
-            given["matched_margin"] = -statistics["matched_margin"]
-        losses.append(LOSSES[loss](**{name: given[name] for name in names & given.keys()}))
+        if swapped and "matched_margin" in given:
+            given["matched_margin"] = -given["matched_margin"]
+        return call(LOSSES[loss], given)
+
     if not batch.soft:
-        return losses[0]
-    return batch.labels * losses[0] + (1 - batch.labels) * losses[1]
+        return with_labels(swapped=False)
+    p = batch.labels
+    return p * with_labels(swapped=False) + (1 - p) * with_labels(swapped=True)
 
 
 def compute_loss(
-    loss: str, logps, batch, reference=None, beta=0.1, sft_weight=0.0, statistics=None, **options
+    loss: str, logps, batch, reference=None, beta=None, sft_weight=0.0, statistics=None, **options
 ):
     """Loss of one micro-batch, summed over its pairs (for sft over its response tokens).
 
     logps: (N,) from `sequence_logps`; reference: the same under the reference, None in the SFT
-    stage. sft_weight: α of an added α·NLL of each example's best response, a mean over its tokens
-    (RPO, 2404.19733 Eq. 1). statistics: of STATISTICS those that the loss needs, (P,) each.
-    options: other settings of the loss. Returns the scalar sum, to be divided by the pairs (tokens)
-    of the whole step, and detached sums for the metrics.
+    stage (which needs no beta). sft_weight: α of an added α·NLL of each example's best response,
+    a mean over its tokens, whatever its soft label (RPO, 2404.19733 Eq. 1). statistics: of
+    STATISTICS those that the loss needs, (P,) each. options: other settings of the loss. Returns
+    the scalar sum, to be divided by the pairs (tokens) of the whole step, and detached sums for the
+    metrics.
     """
     best, best_length = logps[batch.best], batch.lengths[batch.best]  # (E,)
     count = batch.weights.double().sum()
@@ -321,7 +334,8 @@ def compute_loss(
         total, count = sft(best).sum(), best_length.sum()
     elif loss == "plackett_luce":
         rankings = zip(batch.example_weights, (logps - reference).split(batch.sizes))
-        total = logps.sum() * 0 + sum(w * plackett_luce(ratios, beta) for w, ratios in rankings)
+        total = sum(w * plackett_luce(ratios, beta) for w, ratios in rankings)
+        total = total + logps.sum() * 0  # a stand-in has no ranking, but must reach the backward
     else:
         options |= {"beta": beta}
         losses = pair_losses(loss, logps, reference, batch, statistics or {}, options)

@@ -351,13 +351,17 @@ def load_sets(run: Run, sources: dict[str, tuple], tokenizer) -> dict[str, data.
 def check_pairs(loss: str, sets: dict[str, data.Dataset]):
     """Raise SettingError if the pairs lack what the loss needs, or have what it would ignore."""
     for name in sets.keys() & {"pairs", "eval pairs"}:
-        _, labels, margins = sets[name].facts.T
+        weights, labels, margins = sets[name].facts.T
         if "margin" in dpo.needs(loss) and (without := int(np.isnan(margins).sum())):
             where = f"{without:,} of the {len(margins):,} {name} have none"
             raise SettingError(f"--loss={loss} needs a field 'margin' in every pair: {where}")
-        if loss in ("sft", "plackett_luce") and (labels < 1).any():
-            where = f"the {name} have some below 1"
-            raise SettingError(f"--loss={loss} would ignore the field 'soft_label': {where}")
+        ignored = {
+            "soft_label": loss in ("sft", "plackett_luce") and (labels < 1).any(),
+            "weight": loss == "sft" and (weights != 1).any(),
+        }
+        for field in [field for field, applies in ignored.items() if applies]:
+            where = f"some of the {name} have one that is not 1"
+            raise SettingError(f"--loss={loss} would ignore the field '{field}': {where}")
 
 
 def new_config(s: Settings, tokenizer: data.Tokenizer) -> ModelConfig:
@@ -499,15 +503,17 @@ def batch_statistics(stage: Stage, model, dataset, plan: list, reference, run: R
     wanted = dpo.STATISTICS.keys() & dpo.needs(stage.loss)
     if not wanted:
         return [{}] * len(plan[run.rank])
-    parts, names = [], ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    parts = []
     with inference(model, run), run.autocast():
         for batch in micro_batches(dataset, plan, run):
             logps = dpo.sequence_logps(model, batch)
             vectors = dpo.pair_vectors(logps, reference[batch.response_ids], batch)
-            parts.append(torch.stack([vectors[name] for name in names]))  # (4, P)
+            parts.append(torch.stack(list(vectors.values())))  # (vectors, P)
     sizes = [part.shape[1] for part in parts]
-    whole, own = run.gather(torch.cat(parts, dim=1))  # (4, pairs of the step)
-    values = {name: dpo.STATISTICS[name](*whole)[own].float().to(run.device) for name in wanted}
+    whole, own = run.gather(torch.cat(parts, dim=1))  # (vectors, pairs of the step)
+    step = dict(zip(vectors, whole))
+    values = {name: dpo.call(dpo.STATISTICS[name], step)[own].float() for name in wanted}
+    values = {name: value.to(run.device) for name, value in values.items()}
     return [dict(zip(values, split)) for split in zip(*(v.split(sizes) for v in values.values()))]
 
 

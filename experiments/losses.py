@@ -67,7 +67,8 @@ def main():
         out = Path(args.base).parent / "losses" / line.replace(" --", "-").replace("=", "")
         fixed = ["--sft_epochs=0", "--review_samples=0", f"--init_from={start}", f"--out_dir={out}"]
         command = [sys.executable, ROOT / "train.py", f"--loss={loss}", *flags, *fixed]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(2)  # its sentence stands above
         m = measure(out, start, args.count)
         kl, policy = m["KL"], m["DPO"]
         print(

@@ -240,7 +240,7 @@ def write_files(out: Path, seed: int, demonstrations: int, pairs: int, determini
         rows = [dict(zip(names, (e.prompt, *e.responses))) for e in examples]
         if name != "sft":  # by how much the true reward prefers the chosen one, for --loss=odpo
             rewards = ([grammar.score(e.prompt, y)[1] for y in e.responses] for e in examples)
-            rows = [row | {"margin": better - r} for row, (better, r) in zip(rows, rewards)]
+            rows = [row | {"margin": round(w - r, 6)} for row, (w, r) in zip(rows, rewards)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
 

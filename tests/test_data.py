@@ -87,6 +87,30 @@ def test_files_of_pairs_rankings_and_demonstrations(tmp_path):
     assert [e.responses for e in data.read_demonstrations(sft)] == [("r",), (" 4",)]
 
 
+@pytest.mark.parametrize(("chosen", "rejected"), [
+    ("yes", "yes, sure"), ("yes, sure", "yes"), ("yes", "yet"), ("yes", "no"), ("a", "b"), ("yes", ""), ("x", "x"),
+])  # fmt: skip
+def test_a_prompt_is_no_common_prefix(chosen, rejected, tokenizer, tmp_path):
+    """Transcripts share turns, not letters: what both answers begin with stays in both answers;
+    an empty or an identical pair is dropped and counted."""
+    talk = "\n\nHuman: Is it?\n\nAssistant: "
+    other = {"chosen": talk + "fine", "rejected": talk + "bad"}
+    rows = [{"chosen": talk + chosen, "rejected": talk + rejected}, other]
+    path = write_jsonl(tmp_path / "hh.jsonl", rows)
+    example = data.load_preferences(path)[0]
+    assert example.prompt == [{"role": "user", "content": "Is it?"}]
+    assert [turns[0]["content"] for turns in example.responses] == [chosen, rejected]
+    dataset = data.encode_examples(data.read_preferences(path), tokenizer, 99, 64)
+    dropped = (
+        dataset.counts["dropped: empty response"] + dataset.counts["dropped: identical responses"]
+    )
+    assert len(dataset) == 2 - dropped and dropped == (chosen == rejected or not rejected)
+    if not dropped:
+        ids = [dataset.tokens[a:b].tolist() for a, b in itertools.pairwise(dataset.offsets[:4])]
+        texts = [tokenizer.decode(ids[0] + response) for response in ids[1:]]
+        assert texts == [talk + chosen, talk + rejected]
+
+
 def test_soft_labels_and_margins_reach_the_batch(tmp_path):
     """As numbers in the file, margins also as the difference of scores; by pair, K-wise weighted."""
     ids = {"prompt": [5], "chosen": [6, 2], "rejected": [7, 2]}
@@ -94,7 +118,7 @@ def test_soft_labels_and_margins_reach_the_batch(tmp_path):
         ids | {"soft_label": 0.75, "margin": -1.5, "weight": 2},
         ids | {"score_chosen": 8.5, "score_rejected": 6},
         ids | {"score_chosen": 8.5, "score_rejected": 6, "margin": 1},
-        {"prompt": [5], "responses": [[6, 2], [7, 2], [8, 2]], "weight": 6},
+        {"prompt": [5], "responses": [[6, 2], [7, 2], [8, 2]], "weight": 6, "score_chosen": "A"},
     ]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     dataset = data.encode_examples(data.read_preferences(path), None, 9, 8)
@@ -104,6 +128,8 @@ def test_soft_labels_and_margins_reach_the_batch(tmp_path):
     assert batch.weights.tolist() == [1, 2, 2, 2, 2, 1] and batch.sizes == (2, 2, 3, 2)
     assert batch.example_weights.tolist() == [1, 2, 6, 1]
     assert not data.collate(dataset, np.array([1, 3])).soft
+    sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": [5], "response": [6], "soft_label": 9}])
+    assert len(list(data.read_demonstrations(sft))) == 1, "in demonstrations they are other fields"
     idle = data.collate(dataset, np.array([], dtype=int))
     assert not idle.soft and len(idle.labels) == len(idle.margins) == len(idle.example_weights) == 0
 
@@ -124,7 +150,8 @@ BAD_LINES = {
     b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": -1}': "'weight' must be a number",
     b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": NaN}': "'weight' must be a number",
     b'{"prompt": "a", "chosen": "b", "rejected": "c", "soft_label": 1.2}': "'soft_label' must be a number from 0 to 1",
-    b'{"prompt": "a", "responses": ["b", "c", "d"], "soft_label": 0.7}': "'soft_label' belongs to a pair",
+    b'{"prompt": "a", "responses": ["b", "c", "d"], "soft_label": 0.7}': "'soft_label', 'margin' and scores belong to pairs",
+    b'{"prompt": "a", "responses": ["b", "c", "d"], "margin": 2}': "'soft_label', 'margin' and scores belong to pairs",
     b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": true}': "'margin' must be a number",
 }
 

@@ -44,8 +44,7 @@ def losses_and_slopes(name, a, b, lengths=(7, 4), label=1.0, margin=0.0, referen
     logps = (reference + torch.cat([a, b])).requires_grad_()
     batch = make_batch(torch.tensor(lengths).repeat_interleave(len(a)), label, margin + 0 * a)
     v = dpo.pair_vectors(logps.detach(), reference, batch)
-    four = [v[side] for side in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
-    statistics = {n: function(*four) for n, function in dpo.STATISTICS.items()}
+    statistics = {n: dpo.call(function, v) for n, function in dpo.STATISTICS.items()}
     losses = dpo.pair_losses(name, logps, reference, batch, statistics, options)
     slopes = torch.autograd.grad(losses.sum(), logps, allow_unused=True)[0].chunk(2)
     return losses.detach(), *slopes
@@ -106,8 +105,7 @@ def ours(case: dict, logps, reference, lengths):
         factor, statistics = 0.5, {"mean_logratio": torch.tensor(case["kl_before_clamp"])}
     batch = make_batch(lengths, label)
     v = dpo.pair_vectors(logps.detach(), reference, batch)
-    four = [v[side] for side in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
-    statistics["matched_margin"] = dpo.matched_margin(*four)
+    statistics["matched_margin"] = dpo.call(dpo.matched_margin, v)
     if name == "sft":  # a mean over all response tokens of the chosen
         return dpo.sft(logps[:64]) * 64 / lengths[:64].sum()
     return factor * (dpo.pair_losses(name, logps, reference, batch, statistics, options) + extra)
@@ -191,7 +189,7 @@ ODDS = math.log(P_WON / (1 - P_WON)) - math.log(P_LOST / (1 - P_LOST))
 PENALTY = lambda odds, p, length: B * (1 - sigma(odds)) / (1 - p) / length
 AT_START = {
     "dpo": (LN2, -(1 - 2 * E) * B / 2),
-    "robust": (LN2, -B / (2 * (1 - 2 * E)) * (1 - 2 * E + 2 * E)),
+    "robust": (LN2, -B / (2 * (1 - 2 * E))),
     "ipo": (1 / (4 * B**2), -1 / B),
     "hinge": (1, -B),
     "rdpo": (math.log1p(math.exp(-OFFSET)), -B * sigma(-OFFSET)),
@@ -257,7 +255,7 @@ def test_stationary_point(name):
 
 
 def test_stationary_points_beside_one():
-    """DiscoPOP's local minimum at βh = −0.119 and bump at 0.072; Cal-DPO's and soft labels'."""
+    """DiscoPOP's local minimum at βh = −0.119 and bump at 0.072; those of soft labels."""
     slope = lambda z: losses_and_slopes("discopop", z / B, 0.0, beta=B)[1].item()
     assert slope(-0.13) < 0 < slope(-0.11) and slope(0.068) > 0 > slope(0.076)
     for p in (0.1, 0.5, 0.8):  # a soft label p: DPO's h is logit(p)/β, IPO's (2p − 1)/(2β)
@@ -324,6 +322,9 @@ def test_batch_statistics_by_hand():
     flip = -logsigmoid(-B * delta).sum()
     again = dpo.aot(rejected, chosen, -matched, B).sum()
     torch.testing.assert_close(again, flip)
+    w = torch.tensor([1.0, 0.0, 3.0])  # a pair of weight 0 does not count, one of 3 thrice
+    by_weight = dpo.mean_logratio(torch.tensor([1.0, 50, 2]), torch.tensor([3.0, 50, 0]), w)
+    assert by_weight.tolist() == pytest.approx([(2 + 3 * 1) / 4] * 3)
     mean = torch.cat([a, b]).mean().item()
     loss, da, _ = losses_and_slopes("bco", a, b, beta=B)
     torch.testing.assert_close(loss, -logsigmoid(B * (a - mean)) - logsigmoid(-B * (b - mean)))
@@ -356,14 +357,14 @@ def test_plackett_luce():
     assert sums["count"].item() == 3.5
     idle = data.collate(dataset, np.array([], dtype=int))
     logps = torch.zeros(3, requires_grad=True)
-    total, sums = dpo.compute_loss("plackett_luce", logps, idle, torch.zeros(3))
+    total, sums = dpo.compute_loss("plackett_luce", logps, idle, torch.zeros(3), beta=B)
     total.backward()
     assert total.item() == 0 == sums["count"] and logps.grad.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_extreme_log_ratios_stay_finite(name):
-    """a, b = ±1e4 in float32, where e^a overflows and σ is 0 or 1: no inf, no nan, no lost push."""
+    """a, b = ±1e4 in float32, where e^a overflows and σ is 0 or 1: no inf, no nan."""
     rows = [[1e4, -1e4], [-1e4, 1e4], [1e4, 1e4], [-1e4, -1e4], [0.0, 0.0]]
     a, b = torch.tensor(rows).T
     reference = torch.tensor([-2e4, -2e4]).repeat_interleave(5)
@@ -373,6 +374,22 @@ def test_extreme_log_ratios_stay_finite(name):
     losses = dpo.pair_losses(name, logps, reference, batch, statistics, options_of(name))
     slopes = torch.autograd.grad(losses.sum(), logps)[0]
     assert torch.isfinite(losses).all() and torch.isfinite(slopes).all()
+
+
+def test_certain_responses_and_long_rankings_stay_finite():
+    """ORPO where a response's probability rounds to 1; Plackett-Luce at ratios of ±1e4."""
+    sure = torch.zeros(2, requires_grad=True)
+    loss = dpo.orpo(sure[:1], sure[1:], torch.ones(1), torch.ones(1), beta=0.3)
+    ratios = torch.tensor([1e4, -1e4, 0.0, 1e4], requires_grad=True)
+    for value, given in ((loss.sum(), sure), (dpo.plackett_luce(ratios, B), ratios)):
+        assert torch.isfinite(value) and torch.isfinite(torch.autograd.grad(value, given)[0]).all()
+
+
+def test_small_orders_of_the_divergence_are_dpo_in_float32_too():
+    a, b = torch.randn(2, 9)
+    for alpha in (1e-8, 1e-6, 1e-4):
+        loss = dpo.fdpo_alpha(a, b, B, alpha)
+        torch.testing.assert_close(loss, -logsigmoid(B * (a - b)), rtol=1e-3, atol=1e-4)
 
 
 def test_dpo_keeps_its_slope_at_extreme_margins():
@@ -389,7 +406,7 @@ def test_sft_term_by_hand():
     logps, zero = -torch.arange(1.0, 6.0), torch.zeros(5)
     for loss in ("dpo", "simpo", "plackett_luce"):
         plain, with_term = (
-            dpo.compute_loss(loss, logps, batch, zero, sft_weight=w)[0].item() for w in (0.0, 0.7)
+            dpo.compute_loss(loss, logps, batch, zero, B, sft_weight=w)[0].item() for w in (0, 0.7)
         )
         assert with_term - plain == pytest.approx(0.7 * (3 * 1 / 3 + 0.5 * 4 / 4), rel=1e-5)
 
@@ -434,8 +451,7 @@ def test_gradient_does_not_depend_on_micro_batches(loss):
         start = dpo.sequence_logps(model, whole)
     reference = start + torch.randn(17, dtype=torch.float64)
     v = dpo.pair_vectors(start, reference, whole)
-    four = [v[side] for side in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
-    known = {name: function(*four) for name, function in dpo.STATISTICS.items()}
+    known = {name: dpo.call(function, v) for name, function in dpo.STATISTICS.items()}
     pairs = {
         tuple(p): i for i, p in enumerate(torch.stack([whole.chosen, whole.rejected], 1).tolist())
     }
@@ -450,7 +466,8 @@ def test_gradient_does_not_depend_on_micro_batches(loss):
             here = [pairs[ids[w], ids[r]] for w, r in zip(batch.chosen, batch.rejected)]
             total, sums = dpo.compute_loss(
                 loss, logps, batch, reference[batch.response_ids], sft_weight=0.3,
-                statistics={name: value[here] for name, value in known.items()}, **options_of(loss),
+                statistics={name: value[here] for name, value in known.items()},
+                **({"beta": B} | options_of(loss)),
             )  # fmt: skip
             total.backward()
             totals = {k: totals.get(k, 0) + float(v) for k, v in sums.items()}
