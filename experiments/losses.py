@@ -19,27 +19,27 @@ from experiments.reviews import error, measure  # noqa: E402
 
 SETTINGS = """dpo --beta=1
 robust --beta=2
-ipo --beta=0.1
+ipo --beta=0.17
 hinge --beta=0.8
 rdpo --beta=1
 odpo --beta=3
-exo --beta=0.7 --label_smoothing=0.1
+exo --beta=1 --label_smoothing=0.1
 discopop --beta=1
 aot --beta=3
 ipo_norm --beta=2
 dpo_norm --beta=10
-dpop --beta=0.3 --alpha=1
+dpop --beta=0.1 --alpha=1
 nca --beta=0.2
 bco --beta=0.7
 kto --beta=1
 apo_zero --beta=1
-apo_down --beta=5
+apo_down --beta=1 --learning_rate=3e-5
 sppo --beta=0.1
 cal_dpo --beta=0.1
 chipo --beta=0.4
-fdpo_alpha --beta=0.7
+fdpo_alpha --beta=1
 fdpo_forward_kl --beta=0.5
-fdpo_js --beta=5
+fdpo_js --beta=3
 simpo --beta=20 --gamma=0.5
 cpo --beta=0.2
 orpo --beta=3

@@ -187,7 +187,10 @@ def test_every_pair_is_seen_once_an_epoch(tmp_path, monkeypatch):
         data, "collate", lambda d, e: seen.append((len(d), e.tolist())) or collate(d, e)
     )
     train_here(tmp_path, "--epochs=2", "--sft_epochs=0")
-    examples = sorted(itertools.chain(*(e for size, e in seen if size == 29)))
+    examples = [i for size, batch in seen if size == 29 for i in batch]
+    epochs = np.array(examples[-2 * 29 :]).reshape(2, 29)
+    assert all(set(epoch) == set(range(29)) for epoch in epochs)
+    assert (epochs[0] != epochs[1]).any(), "each epoch has an order of its own"
     # twice in training, once for the reference, and the first step once more for its check
     counts = np.bincount(examples)
     assert sorted(counts.tolist()) == [3] * 21 + [4] * 8
