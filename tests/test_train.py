@@ -83,6 +83,7 @@ def test_reference_is_reused_and_checked(done, tmp_path):
     0, and where it is within tolerance the loss moves as predicted."""
     out, _ = done
     start = [*TINY[4:], f"--init_from={out / 'reference' / 'sft'}", "--sft_epochs=0"]
+    start.append("--review_samples=0")
     again = run_script(
         "train.py", *start, "--beta=0.3", f"--out_dir={out.parent / 'second'}"
     ).stdout
@@ -118,7 +119,7 @@ def test_several_ranks_equal_one(ranks, flags, tmp_path):
     """Weights and metrics, with clipping active, accumulation, packing that differs between ranks,
     and a last batch smaller than the ranks, so that one of them has nothing to do."""
     flags += ["--grad_clip=0.05", "--review_pairs=25", "--eval_every=3", "--max_steps=4",
-             "--review_demonstrations=25", "--weight_decay=0.1", "--dtype=float32"]  # fmt: skip
+             "--review_demonstrations=25", "--weight_decay=0.1", "--review_samples=0"]  # fmt: skip
     train_here(tmp_path / "one", *flags)
     run_script("train.py", *TINY, *flags, f"--out_dir={tmp_path / 'many'}", ranks=ranks)
     one, many = (without_rates(read_metrics(tmp_path / name)) for name in ("one", "many"))
@@ -159,10 +160,31 @@ def test_every_loss_trains_and_does_not_depend_on_micro_batches(loss, tmp_path):
     assert any(not torch.equal(start[name], w) for name, w in weights(tmp_path / "one").items())
 
 
+def test_a_steps_gradient_is_the_sum_over_its_examples_by_their_number(tmp_path):
+    """For SFT over its response tokens by theirs: the logged norms of the first steps, against a
+    plain computation."""
+    flags = ["--max_steps=1", "--log_every=1", "--warmup_steps=0", "--sft_learning_rate=1e-9"]
+    run = train_here(tmp_path, *flags, "--review_demonstrations=8", "--review_pairs=8")
+    tokenizer = data.Tokenizer(tmp_path / "tokenizer.model")
+    sets = train.load_sets(run, train.find_sources(run), tokenizer)
+    norms = {r["stage"]: r["train/grad_norm"] for r in read_metrics(tmp_path) if "train/loss" in r}
+    for stage, name in (("sft", "sft"), ("dpo", "pairs")):
+        model = train.load_model(run, "", tokenizer)  # SFT hardly moved it
+        batch = data.collate(sets[name], np.arange(8))
+        logps = dpo.sequence_logps(model, batch)
+        h = logps[batch.chosen] - logps[batch.rejected]
+        zero = torch.nn.functional.logsigmoid(h - h.detach())
+        loss = -logps.sum() / batch.lengths.sum() if stage == "sft" else -zero.mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.stack([grad.norm() for grad in grads]).norm().item()
+        assert norms[stage] == pytest.approx(norm, rel=1e-3), stage
+
+
 def test_all_features_on_two_ranks_and_resumed(tmp_path):
     """What needs all ranks, all at once, under a time limit: nothing hangs, and resuming agrees."""
     flags = """--loss=bco --sft_weight=0.1 --lora_rank=2 --activation_checkpointing --dtype=bfloat16
-        --eval_every=2 --save_every=3 --wandb=offline --lr_schedule=cosine --epochs=2""".split()
+        --eval_every=2 --save_every=3 --wandb=offline --lr_schedule=cosine --epochs=2
+        --review_samples=0""".split()
     out, again = tmp_path / "whole", tmp_path / "again"
     run_script("train.py", *TINY, *flags, f"--out_dir={out}", ranks=2)
     shutil.copytree(out, again)
