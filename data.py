@@ -710,8 +710,9 @@ class Batch:
 
     tokens: torch.Tensor  # (T,) token ids
     positions: torch.Tensor  # (T,) restart at the end of the prompt for every branch
-    segments: torch.Tensor  # (S, 4) prefix_start, prefix_end, start, end; stays on the CPU
-    rows: torch.Tensor  # (M,) stream rows that predict: the prompt's last, then the response's
+    branches: torch.Tensor  # (N, 4) of each response: where its prompt is, and where its own
+    #                         tokens, the last left out, are; stays on the CPU
+    rows: torch.Tensor  # (M,) which predict, counted over each prompt's last and each branch's own
     targets: torch.Tensor  # (M,) the response tokens they predict, EOS included
     response: torch.Tensor  # (M,) which of the batch's responses each target belongs to
     response_ids: torch.Tensor  # (N,) which of the data set's responses these are
@@ -728,7 +729,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on `device`, copied asynchronously where it can be."""
-        stays = ("segments", "sizes", "soft")
+        stays = ("branches", "sizes", "soft")
         move = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
         if torch.device(device).type == "cuda":
             move = {name: tensor.pin_memory() for name, tensor in move.items()}
@@ -763,16 +764,11 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
 
     response = np.delete(np.arange(len(trunk)), prompt)
     trunk, lengths = trunk[response], size[response]
-    rows = ragged(start[response] - 1, lengths)
-    # The first token of every response is predicted from the last one of the prompt.
-    rows[np.cumsum(lengths) - lengths] = start[trunk] + size[trunk] - 1
     targets = dataset.tokens[ragged(begin[response], lengths)]
     told = targets >= 0  # the user's turns within a response are read, not learnt
     tokens = dataset.tokens[ragged(begin, read)]
-    ends = start[response] + read[response]
-    first = response == trunk + 1  # continues the prompt in one segment; the others are prefixed
-    prefixed = start[trunk], start[trunk] + size[trunk], start[response], ends
-    segments = np.stack(np.where(first, (start[trunk],) * 3 + (ends,), prefixed), axis=1)
+    prompts = start[trunk], start[trunk] + size[trunk]
+    branches = np.stack([*prompts, start[response], start[response] + read[response]], axis=1)
 
     best = prompt - np.arange(len(prompt))  # where its best response is among the batch's
     ranked = [range(b, b + n - 1) for b, n in zip(best, counts)]  # responses of each, best first
@@ -784,8 +780,9 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
     integers = {
         "tokens": np.where(tokens < 0, ~tokens, tokens),
         "positions": positions,
-        "segments": segments[segments[:, 2] < segments[:, 3]],  # one-token responses read nothing
-        "rows": rows[told],
+        "branches": branches,
+        # The first token of every response is predicted from the last one of the prompt.
+        "rows": np.flatnonzero(told),
         "targets": targets[told],
         "response": np.repeat(np.arange(len(lengths)), lengths)[told],
         "response_ids": ragged(dataset.trees[examples] - examples, counts - 1),

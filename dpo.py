@@ -283,7 +283,7 @@ STATISTICS = {"mean_logratio": mean_logratio, "matched_margin": matched_margin}
 
 def sequence_logps(model, batch) -> torch.Tensor:
     """log π(y|x) in nats of every response in the batch, (N,): the sum over its tokens."""
-    logps = model(batch.tokens, batch.positions, batch.segments, batch.rows, batch.targets)  # (M,)
+    logps = model(batch.tokens, batch.positions, batch.branches, batch.rows, batch.targets)  # (M,)
     return logps.new_zeros(len(batch.lengths)).index_add(0, batch.response, logps)
 
 
@@ -450,7 +450,7 @@ def sequence_kl(policy, reference, batch) -> torch.Tensor:
     Sums the exact KL of the next-token distributions over the sampled prefixes: unbiased like the
     plain log-ratio, with far less variance (the mean over samples estimates the sequence-level KL).
     """
-    inputs = batch.tokens, batch.positions, batch.segments, batch.rows
+    inputs = batch.tokens, batch.positions, batch.branches, batch.rows
     p, q = (model(*inputs).log_softmax(-1) for model in (policy, reference))  # (M, V)
     per_token = (p.exp() * (p - q)).sum(-1)  # (M,)
     return per_token.new_zeros(len(batch.lengths)).index_add(0, batch.response, per_token)

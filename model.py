@@ -19,14 +19,15 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
-from itertools import accumulate
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -96,54 +97,109 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
+def ragged(starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """The ranges starts[i] : starts[i] + sizes[i], end to end."""
+    shift = torch.repeat_interleave(starts - (sizes.cumsum(0) - sizes), sizes)
+    return torch.arange(len(shift)) + shift
+
+
 class PackedAttention:
     """Attention over a stream of trees, `prompt | response₁ | response₂ … | prompt | …`.
 
     A token sees earlier tokens of its own tree that belong to the prompt or to its own branch.
-    Said by segments, one row `(prefix_start, prefix_end, start, end)` each: the queries
-    `start:end` attend to the keys `prefix_start:prefix_end` ++ `start:end`, causal from the bottom
-    right. The queries of all segments, in order, are the stream. The first response continues its
-    prompt in one segment with an empty prefix; every other response has the prompt as its prefix.
+    Said by segments, rows `(prompt_start, prompt_end, start, end)`: the keys of each are the rows
+    `prompt_start:prompt_end` ++ `start:end` of the stream, its queries the last of these, causal
+    from the bottom right. On CUDA all segments are one variable-length flash call; elsewhere those
+    of like lengths are padded to the longest of them and called together.
 
-    segments: (S, 4) int64 on the CPU. cache: where sampling wants the keys and values kept.
+    segments: (S, 4), queries: (S,), how many each has; int64 on the CPU. cache: where sampling
+    wants the keys and values kept.
     """
 
-    def __init__(self, segments: torch.Tensor, device: torch.device, cache=None):
-        # The stream row of every segment's every key, end to end: (sum of keys,)
-        rows = [torch.arange(*span) for span in segments.reshape(-1, 2).tolist()]
-        self.key_rows = torch.cat(rows).to(device, non_blocking=True)
-        prefix_start, prefix_end, start, end = segments.unbind(1)  # (S,) each
-        self.queries = (end - start).tolist()
-        self.keys = (prefix_end - prefix_start + end - start).tolist()
-        bounds = [torch.tensor([0, *accumulate(n)]) for n in (self.queries, self.keys)]
-        self.bounds = [x.to(device, torch.int32, non_blocking=True) for x in bounds]  # (S + 1,)
-        self.cache = cache
+    def __init__(self, segments, queries, device: torch.device, flash: bool, cache=None):
+        sizes = segments[:, [1, 3]] - segments[:, [0, 2]]  # (S, 2)
+        self.queries, self.keys, self.cache = queries, sizes.sum(1), cache
+        self.first_key = self.keys.cumsum(0) - self.keys
+        key_rows = ragged(segments[:, [0, 2]].flatten(), sizes.flatten())  # (sum of keys,)
+        rows = key_rows[ragged(self.first_key + self.keys - queries, queries)]
+        if flash:
+            bounds = [F.pad(n.cumsum(0), (1, 0)).int() for n in (queries, self.keys)]  # (S + 1,)
+            self.longest = queries.max().item(), self.keys.max().item()
+            self.attend, indices = self.flash, [rows, key_rows, *bounds]
+        else:
+            self.attend, indices = self.padded, [rows, *self.pad(key_rows)]
+        if device.type == "cuda":  # from pinned memory, so that the host need not wait
+            indices = [x.pin_memory().to(device, non_blocking=True) for x in indices]
+        self.rows, self.key_rows, *self.others = indices  # the stream rows of all queries; of keys
 
     def __call__(self, layer: int, q, k, v):
-        """q: (T, H, D); k, v: (T, H_kv, D). Returns (T, H, D)."""
+        """q: (queries, H, D); k, v: (T, H_kv, D). Returns (queries, H, D)."""
         if self.cache is not None:
             self.cache.store(layer, k, v)
         k, v = k.index_select(0, self.key_rows), v.index_select(0, self.key_rows)
-        on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        return (self.flash if on_gpu else self.loop)(q, k, v)
+        return self.attend(q, k, v, *self.others)
 
-    def loop(self, q, k, v):
-        """Anywhere, in any precision: one call per segment."""
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, T, D)
-        splits = q.split(self.queries, 2), k.split(self.keys, 2), v.split(self.keys, 2)
-        out, attend = [], F.scaled_dot_product_attention
-        for *qkv, m, n in zip(*splits, self.queries, self.keys):
-            # is_causal would mean causal from the top left
-            mask = torch.ones(m, n, dtype=bool, device=q.device).tril(n - m) if m < n else None
-            out.append(attend(*qkv, mask, is_causal=mask is None, enable_gqa=True))
-        return torch.cat(out, 2)[0].transpose(0, 1)
+    def flash(self, q, k, v, *bounds):
+        """CUDA, bf16 or fp16: all segments, end to end, in one call."""
+        from torch.nn.attention.varlen import varlen_attn
 
-    def flash(self, q, k, v):
-        """CUDA, bf16 or fp16: one variable-length call for all segments."""
         repeat = q.shape[1] // k.shape[1]  # torch 2.11 has no grouped-query heads here
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        bounds = *self.bounds, max(self.queries), max(self.keys)
-        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0))  # causal, bottom right
+        return varlen_attn(q, k, v, *bounds, *self.longest, window_size=(-1, 0))
+
+    def pad(self, key_rows) -> tuple:
+        """Groups of like segments: the stream rows of their padded keys, which queries the padded
+        ones are, and where among those each query is."""
+        alike = lambda n: round(4 * math.log(n + 16))  # within a quarter, or a few tokens
+        sizes = zip(self.keys.tolist(), self.queries.tolist())
+        kinds = [(n > m, alike(n), alike(m)) for n, m in sizes]
+        order = sorted(range(len(kinds)), key=kinds.__getitem__)
+        first_query = self.queries.cumsum(0) - self.queries
+        self.groups, keys, queries, total = [], [], [], 0
+        place = torch.empty_like(self.queries)  # of each segment's first query among the padded
+        for (prefixed, *_), group in groupby(order, kinds.__getitem__):
+            at = torch.tensor(list(group))[:, None]
+            m, n = self.queries[at], self.keys[at]  # (s, 1)
+            query, key = torch.arange(m.max()), torch.arange(n.max())
+            queries.append((first_query[at] + query.minimum(m - 1)).flatten())
+            keys.append(key_rows[self.first_key[at] + key.minimum(n - 1)].flatten())
+            # Causal from the bottom right of each; what is padded no query sees, and nobody reads.
+            mask = key <= query[:, None] + (n - m)[..., None]  # (s, m, n)
+            self.groups.append((*mask.shape, mask[:, None] if prefixed else None))
+            place[at.squeeze(1)] = total + torch.arange(len(at)) * len(query)
+            total += len(at) * len(query)
+        return torch.cat(keys), torch.cat(queries), ragged(place, self.queries)
+
+    def padded(self, q, k, v, queries, place):
+        """Anywhere, in any precision: one call for each group of segments of like lengths."""
+        q, out = q.index_select(0, queries), []
+        splits = [[g[0] * g[i] for g in self.groups] for i in (1, 2, 2)]
+        groups = zip(self.groups, *(x.split(split) for x, split in zip((q, k, v), splits)))
+        for (count, _, n, mask), *qkv in groups:
+            qkv = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv)  # (s, H, m or n, D)
+            # On short ones the plain kernel is twice as fast as the one that keeps no (m, n).
+            with sdpa_kernel(SDPBackend.MATH) if n <= 64 else nullcontext():
+                options = {"is_causal": mask is None, "enable_gqa": True}
+                x = F.scaled_dot_product_attention(*qkv, mask, **options)
+            out.append(x.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out).index_select(0, place)
+
+
+def attentions(branches: torch.Tensor, device, dtype, cache=None) -> tuple:
+    """The attention of all layers but the last, and that of the last, of trees of branches.
+
+    A branch is `(prompt_start, prompt_end, start, end)`: where in the stream its prompt is, and its
+    own tokens. The first of a tree continues its prompt in one segment; the others have it as a
+    prefix. In the last layer only what predicts something asks: of each branch the prompt's last
+    token, then its own.
+    """
+    prompt_start, _, start, end = branches.unbind(1)
+    first = prompt_start.diff(prepend=prompt_start.new_tensor([-1])) != 0
+    queries = end - torch.where(first, prompt_start, start)
+    some = queries > 0  # a response of one token, not the first, brings nothing into the stream
+    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    body = PackedAttention(branches[some], queries[some], device, flash, cache)
+    return body, PackedAttention(branches, 1 + end - start, device, flash, cache)
 
 
 class KVCache:
@@ -154,6 +210,8 @@ class KVCache:
         self.layers = {}
         # Set by generate for the stream that runs next: (T,), (T,), and the slots then in use.
         self.sequences = self.positions = self.used = None
+
+    rows = None  # every token goes on
 
     def store(self, layer: int, k, v):
         if layer not in self.layers:
@@ -204,14 +262,15 @@ class Attention(nn.Module):
         self.v_proj = Projection(config.hidden_size, keys)
         self.o_proj = Projection(queries, config.hidden_size)
 
-    def forward(self, x, cos, sin, attend, layer: int):
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # (T, C) -> (T, H, D)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # Lengths change from batch to batch: only the products around this are compiled.
-        out = torch.compiler.disable(attend)(layer, q, k, v)
+    def forward(self, x, cos, sin, attend, layer: int, rows):
+        heads = lambda x: x.unflatten(-1, (-1, self.head_dim))  # (T, C) -> (T, H, D)
+        k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))
+        if rows is not None:
+            x, cos, sin = (y.index_select(0, rows) for y in (x, cos, sin))
+        q = rotate(heads(self.q_proj(x)), cos, sin)
+        if torch.compiler.is_compiling():  # lengths change: only what is around this is compiled
+            attend = torch.compiler.disable(attend)
+        out = attend(layer, q, k, v)
         return self.o_proj(out.flatten(1))
 
 
@@ -237,8 +296,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, self.layer)
+    def forward(self, x, cos, sin, attend, rows=None):
+        """x: (T, C). rows: those of them to go on with, (N,), None: all. Returns (N, C)."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend, self.layer, rows)
+        x = (x if rows is None else x.index_select(0, rows)) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -250,46 +311,63 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The precision of matrix products with this weight."""
+    device = weight.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else weight.dtype
+
+
 class TokenLogps(torch.autograd.Function):
     """log p(target | hidden) = logit of the target − logsumexp of the logits, (N,), float32.
 
-    Done in chunks of rows, and again in the backward pass, so that never more than one chunk of
-    logits exists. The gradient of a log-prob with respect to its logits is onehot(target) − p.
+    Done in chunks of rows, and again in the backward pass, so that never more than two chunks of
+    logits exist: the one at hand, and the last, which the backward pass begins with. The gradient
+    of a log-prob with respect to its logits is onehot(target) − p.
     """
 
-    CHUNK = 2**22  # logits at a time: 16 MiB of float32
+    CHUNK = 2**24  # logits at a time: 64 MiB of float32; on CUDA eight times as many
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # once for all chunks: autocast would do it for each
-            dtype = torch.get_autocast_dtype(device)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        ctx.rows = max(1, TokenLogps.CHUNK // weight.shape[0])
-        logps, normalizers = [], []
-        for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
+        # Once for all chunks: autocast would cast the weight for each.
+        dtype = matmul_dtype(weight)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        chunk = TokenLogps.CHUNK * (8 if hidden.is_cuda else 1)
+        ctx.rows = max(1, chunk // weight.shape[0])
+        logps, largest, sums = [], [], []
+        for h, t in zip(hidden.split(ctx.rows), targets[:, None].split(ctx.rows)):
             logits = head_logits(h, weight)  # (rows, V)
-            normalizers.append(logits.logsumexp(-1))
-            logps.append(logits.gather(1, t[:, None]).squeeze(1) - normalizers[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
-        return torch.cat(logps)
+            target = logits.gather(1, t)  # (rows, 1)
+            largest.append(logits.amax(1, keepdim=True))
+            ctx.exps = logits.sub_(largest[-1]).exp_()
+            sums.append(ctx.exps.sum(1, keepdim=True))
+            logps.append(target - largest[-1] - sums[-1].log())
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(largest), torch.cat(sums))
+        return torch.cat(logps).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+        hidden, weight, targets, largest, sums = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:  # frozen weights need none
-            dtype = torch.promote_types(weight.dtype, grad.dtype)
-            grad_weight = torch.zeros_like(weight, dtype=dtype)
-        inputs = (hidden, targets, normalizers, grad, grad_hidden)
-        for h, t, z, g, out in zip(*(x.split(ctx.rows) for x in inputs)):
-            p = head_logits(h, weight).sub_(z[:, None]).exp_()  # (rows, V)
-            p.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])  # (onehot − p) · grad
-            d = p.to(weight.dtype)
+        inputs = hidden, targets[:, None], largest, sums, grad[:, None], grad_hidden
+        for h, t, m, s, g, out in reversed(list(zip(*(x.split(ctx.rows) for x in inputs)))):
+            exps, ctx.exps = ctx.exps, None
+            if exps is None:
+                exps = head_logits(h, weight).sub_(m).exp_()  # (rows, V)
+            d = exps.mul_(-g / s).scatter_add_(1, t, g)  # (onehot − p) · grad
+            d = d.to(weight.dtype)
             out.copy_(d @ weight)
-            if grad_weight is not None:
-                grad_weight += d.T @ h
+            if ctx.needs_input_grad[1]:  # frozen weights need none
+                grad_weight = add_product(grad_weight, d.T, h, exps.dtype)
         return grad_hidden, grad_weight, None  # autograd casts to the dtypes of the inputs
+
+
+def add_product(total, a, b, dtype: torch.dtype) -> torch.Tensor:
+    """total + a @ b, summed in `dtype`, in place where it can be; total may be None."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 class Transformer(nn.Module):
@@ -326,27 +404,31 @@ class Transformer(nn.Module):
                 module.weight.add_(b @ a, alpha=2)
                 b.zero_()
 
-    def forward(self, tokens, positions, segments, rows, targets=None, cache=None):
-        """Log-probs of `targets` after `rows` of the stream, or the logits there.
+    def forward(self, tokens, positions, branches, rows, targets=None, cache=None):
+        """Log-probs of `targets`, or the logits, where the branches predict.
 
-        tokens, positions: (T,) int64. segments: (S, 4) int64 on the CPU, see `PackedAttention`;
-        None to continue the sequences of `cache` by one token each. rows: (N,) stream rows that
-        predict. targets: (N,) token ids. Returns (N,) log-probs in nats, float32 (float64 if the
-        model is), or without targets (N, V) logits.
+        tokens, positions: (T,) int64. branches: (B, 4) int64 on the CPU, see `attentions`; None to
+        continue the sequences of `cache` by one token each. rows: (N,) what of the branches
+        predicts, counted over all of them, of each the prompt's last token and its own. targets:
+        (N,) token ids. Returns (N,) log-probs in nats, float32 (float64 if the model is), or
+        without targets (N, V) logits.
         """
-        device = tokens.device
-        attend = cache if segments is None else PackedAttention(segments, device, cache)
         x = self.embed_tokens(tokens)  # (T, C)
+        weight = (self.lm_head or self.embed_tokens).weight  # (V, C)
+        body = last = cache
+        if branches is not None:
+            body, last = attentions(branches, x.device, matmul_dtype(weight), cache)
         # The residual stream stays in float32 even when FSDP gathers the weights in bf16.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         cos, sin = rotary(positions, self.config, x.dtype)
         for layer in self.layers:
+            ends = layer is self.layers[-1]
+            inputs = x, cos, sin, *((last, last.rows) if ends else (body,))
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(*inputs)
         hidden = self.norm(x.index_select(0, rows))  # (N, C)
-        weight = (self.lm_head or self.embed_tokens).weight  # (V, C)
         if targets is None:
             return head_logits(hidden.to(weight.dtype), weight)
         return TokenLogps.apply(hidden, weight, targets)
@@ -401,10 +483,11 @@ def generate(
     cache.sequences = torch.repeat_interleave(lengths).to(device)  # (T,)
     cache.positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    segments = torch.stack([starts, starts, starts, ends], dim=1)
-    logits = model(tokens, cache.positions, segments, (ends - 1).to(device), cache=cache)
+    branches = torch.stack([starts, ends, ends, ends], dim=1)  # the prompts alone
+    rows = torch.arange(len(prompts), device=device)
+    logits = model(tokens, cache.positions, branches, rows, cache=cache)
 
-    cache.sequences = rows = torch.arange(len(prompts), device=device)
+    cache.sequences = rows
     cache.positions = lengths.to(device)
     steps, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     while True:

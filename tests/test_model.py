@@ -73,7 +73,7 @@ def plain_logps(model, dataset: data.Dataset, tree: int) -> list[torch.Tensor]:
 def sequence(ids: list[int]):
     """The inputs of `forward` for one sequence, all of whose rows predict."""
     positions = torch.arange(len(ids))
-    return torch.tensor(ids), positions, torch.tensor([[0, 0, 0, len(ids)]]), positions
+    return torch.tensor(ids), positions, torch.tensor([[0, 1, 1, len(ids)]]), positions
 
 
 SIZES = [[5, 4, 1], [1, 6, 2, 9], [30, 20, 33], [3, 1, 1], [2, 7]]
@@ -82,7 +82,9 @@ SIZES = [[5, 4, 1], [1, 6, 2, 9], [30, 20, 33], [3, 1, 1], [2, 7]]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packed_shared_chunked_equals_plain(shape, monkeypatch):
     """Values to 1e-9 and every gradient, in float64, with trees of one to three branches."""
-    monkeypatch.setattr(TokenLogps, "CHUNK", 97 * 7)  # seven rows a chunk: several, one not full
+    monkeypatch.setattr(
+        TokenLogps, "CHUNK", 97 * 7
+    )  # seven rows a chunk: several, one not full
     model, dataset = make_model(SHAPES[shape]), random_dataset(SIZES)
     batch = data.collate(dataset, np.arange(len(SIZES)))
     logps = dpo.sequence_logps(model, batch)

@@ -35,7 +35,7 @@ def checkpoints(tokenizer, tmp_path_factory):
 def plain_logp(model, ids: list[int], start: int) -> float:
     """log π of ids[start:] given what is before, from full logits of one sequence."""
     time = len(ids)
-    segment = torch.tensor([[0, 0, 0, time]])
+    segment = torch.tensor([[0, 1, 1, time]])
     with torch.no_grad():
         logits = model(torch.tensor(ids), torch.arange(time), segment, torch.arange(time))
     logps = logits.log_softmax(-1)[torch.arange(start - 1, time - 1), torch.tensor(ids[start:])]
