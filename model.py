@@ -67,11 +67,42 @@ class ModelConfig:
             raise CheckpointError(f"{beyond}, and attention with a window is not implemented here")
 
 
+def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The precision of matrix products with this weight."""
+    device = weight.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else weight.dtype
+
+
+class Normalize(torch.autograd.Function):
+    """x / rms(x) · weight. Keeps x and 1 / rms(x) alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps: float):
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()  # (T, 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        grad_weight = (grad * unit).sum(0)
+        grad = grad * weight
+        along = (grad * unit).mean(-1, keepdim=True)  # the norm does not see x grow
+        return grad.sub_(unit.mul_(along)).mul_(scale), grad_weight, None
+
+
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) · weight (Zhang and Sennrich, 1910.07467), in the precision of x."""
+    """x / rms(x) · weight (Zhang and Sennrich, 1910.07467), computed in the precision of x.
+
+    Returned in that of the products that follow, once for all of them: autocast would make a copy
+    for each.
+    """
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        x = Normalize.apply(x, self.weight.to(x.dtype), self.eps)
+        return x.to(matmul_dtype(self.weight))
 
 
 def rotary(positions: torch.Tensor, config: ModelConfig, dtype: torch.dtype):
@@ -311,19 +342,12 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The precision of matrix products with this weight."""
-    device = weight.device.type
-    enabled = torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else weight.dtype
-
-
 class TokenLogps(torch.autograd.Function):
     """log p(target | hidden) = logit of the target − logsumexp of the logits, (N,), float32.
 
-    Done in chunks of rows, and again in the backward pass, so that never more than two chunks of
-    logits exist: the one at hand, and the last, which the backward pass begins with. The gradient
-    of a log-prob with respect to its logits is onehot(target) − p.
+    Done in chunks of rows, and again in the backward pass, all but the last, so that never more
+    than one chunk of logits exists. The gradient of a log-prob with respect to its logits is
+    onehot(target) − p.
     """
 
     CHUNK = 2**24  # logits at a time: 64 MiB of float32; on CUDA eight times as many
@@ -337,10 +361,11 @@ class TokenLogps(torch.autograd.Function):
         ctx.rows = max(1, chunk // weight.shape[0])
         logps, largest, sums = [], [], []
         for h, t in zip(hidden.split(ctx.rows), targets[:, None].split(ctx.rows)):
-            logits = head_logits(h, weight)  # (rows, V)
-            target = logits.gather(1, t)  # (rows, 1)
-            largest.append(logits.amax(1, keepdim=True))
-            ctx.exps = logits.sub_(largest[-1]).exp_()
+            ctx.exps = None  # before the next are made
+            ctx.exps = head_logits(h, weight)  # (rows, V)
+            target = ctx.exps.gather(1, t)  # (rows, 1)
+            largest.append(ctx.exps.amax(1, keepdim=True))
+            ctx.exps.sub_(largest[-1]).exp_()
             sums.append(ctx.exps.sum(1, keepdim=True))
             logps.append(target - largest[-1] - sums[-1].log())
         ctx.save_for_backward(hidden, weight, targets, torch.cat(largest), torch.cat(sums))
@@ -350,24 +375,29 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, largest, sums = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # frozen weights need none
+            grad_weight = torch.zeros_like(weight, dtype=sums.dtype)
+        exps, ctx.exps = ctx.exps, None
         inputs = hidden, targets[:, None], largest, sums, grad[:, None], grad_hidden
         for h, t, m, s, g, out in reversed(list(zip(*(x.split(ctx.rows) for x in inputs)))):
-            exps, ctx.exps = ctx.exps, None
             if exps is None:
                 exps = head_logits(h, weight).sub_(m).exp_()  # (rows, V)
-            d = exps.mul_(-g / s).scatter_add_(1, t, g)  # (onehot − p) · grad
-            d = d.to(weight.dtype)
+            exps.mul_(-g / s).scatter_add_(1, t, g)  # (onehot − p) · grad
+            d, exps = exps.to(weight.dtype), None
             out.copy_(d @ weight)
-            if ctx.needs_input_grad[1]:  # frozen weights need none
-                grad_weight = add_product(grad_weight, d.T, h, exps.dtype)
+            if grad_weight is not None:
+                add_product(grad_weight, d.T, h)
         return grad_hidden, grad_weight, None  # autograd casts to the dtypes of the inputs
 
 
-def add_product(total, a, b, dtype: torch.dtype) -> torch.Tensor:
-    """total + a @ b, summed in `dtype`, in place where it can be; total may be None."""
-    if total is None:
-        return (a @ b).to(dtype)
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+    """total += a @ b; of products in a lower precision than the total's only 32 MiB exist."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    rows = max(1, 2**24 // total.shape[1])
+    for part, x in zip(total.split(rows), a.split(rows)):
+        part += x @ b
 
 
 class Transformer(nn.Module):
