@@ -345,59 +345,63 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class TokenLogps(torch.autograd.Function):
     """log p(target | hidden) = logit of the target − logsumexp of the logits, (N,), float32.
 
-    Done in chunks of rows, and again in the backward pass, all but the last, so that never more
-    than one chunk of logits exists. The gradient of a log-prob with respect to its logits is
-    onehot(target) − p.
+    Done in chunks of the vocabulary, and again in the backward pass, all but the last, so that
+    never more than one chunk of logits exists. The gradient of a log-prob with respect to its
+    logits is onehot(target) − p.
     """
 
-    CHUNK = 2**24  # logits at a time: 64 MiB of float32; on CUDA eight times as many
+    CHUNK = 2**24  # logits at a time: 64 MiB of float32
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        # Once for all chunks: autocast would cast the weight for each.
         dtype = matmul_dtype(weight)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        chunk = TokenLogps.CHUNK * (8 if hidden.is_cuda else 1)
-        ctx.rows = max(1, chunk // weight.shape[0])
-        logps, largest, sums = [], [], []
-        for h, t in zip(hidden.split(ctx.rows), targets[:, None].split(ctx.rows)):
+        hidden, target, normalizers, ctx.exps = hidden.to(dtype), 0.0, [], None
+        ctx.chunks = max(1, -(-len(hidden) * len(weight) // TokenLogps.CHUNK))
+        for w, within, inside in TokenLogps.parts(weight, targets, ctx.chunks):
             ctx.exps = None  # before the next are made
-            ctx.exps = head_logits(h, weight)  # (rows, V)
-            target = ctx.exps.gather(1, t)  # (rows, 1)
-            largest.append(ctx.exps.amax(1, keepdim=True))
-            ctx.exps.sub_(largest[-1]).exp_()
-            sums.append(ctx.exps.sum(1, keepdim=True))
-            logps.append(target - largest[-1] - sums[-1].log())
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(largest), torch.cat(sums))
-        return torch.cat(logps).squeeze(1)
+            ctx.exps = head_logits(hidden, w.to(dtype))  # (N, words)
+            target = torch.where(inside, ctx.exps.gather(1, within), target)  # (N, 1)
+            largest = ctx.exps.amax(1, keepdim=True)
+            total = ctx.exps.sub_(largest).exp_().sum(1, keepdim=True)
+            normalizers.append(largest + total.log())
+        normalizer = torch.cat(normalizers, 1).logsumexp(1, keepdim=True)
+        ctx.scale = (largest - normalizer).exp()  # by it the last chunk's exps are probabilities
+        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        return (target - normalizer).squeeze(1)
+
+    @staticmethod
+    def parts(weight, targets, chunks: int) -> list[tuple]:
+        """Of each chunk the rows of the weight, (words, C), and of each target, (N, 1), where in
+        the chunk it is, and whether it is there."""
+        parts, first = [], 0
+        for w in weight.chunk(chunks):
+            within = targets[:, None] - first
+            parts.append((w, within.clamp(0, len(w) - 1), (within >= 0) & (within < len(w))))
+            first += len(w)
+        return parts
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, largest, sums = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        hidden, weight, targets, normalizer = ctx.saved_tensors
+        g, exps, ctx.exps = grad[:, None], ctx.exps, None
+        grad_hidden, grad_weight = torch.zeros_like(hidden, dtype=grad.dtype), None
+        parts, rows = TokenLogps.parts(weight, targets, ctx.chunks), [None] * ctx.chunks
         if ctx.needs_input_grad[1]:  # frozen weights need none
-            grad_weight = torch.zeros_like(weight, dtype=sums.dtype)
-        exps, ctx.exps = ctx.exps, None
-        inputs = hidden, targets[:, None], largest, sums, grad[:, None], grad_hidden
-        for h, t, m, s, g, out in reversed(list(zip(*(x.split(ctx.rows) for x in inputs)))):
+            grad_weight = torch.empty_like(weight, dtype=grad.dtype)
+            rows = grad_weight.chunk(ctx.chunks)
+        for (w, within, inside), grad_w in reversed([*zip(parts, rows)]):
+            w = w.to(hidden.dtype)
             if exps is None:
-                exps = head_logits(h, weight).sub_(m).exp_()  # (rows, V)
-            exps.mul_(-g / s).scatter_add_(1, t, g)  # (onehot − p) · grad
-            d, exps = exps.to(weight.dtype), None
-            out.copy_(d @ weight)
-            if grad_weight is not None:
-                add_product(grad_weight, d.T, h)
+                p = head_logits(hidden, w).sub_(normalizer).exp_()  # (N, words)
+            else:
+                p, exps = exps.mul_(ctx.scale), None
+            d = p.mul_(-g).scatter_add_(1, within, g * inside)  # (onehot − p) · grad
+            d, p = d.to(hidden.dtype), None
+            grad_hidden += d @ w
+            if grad_w is not None:
+                same = grad_w.dtype == d.dtype
+                torch.mm(d.T, hidden, out=grad_w) if same else grad_w.copy_(d.T @ hidden)
         return grad_hidden, grad_weight, None  # autograd casts to the dtypes of the inputs
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """total += a @ b; of products in a lower precision than the total's only 32 MiB exist."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-        return
-    rows = max(1, 2**24 // total.shape[1])
-    for part, x in zip(total.split(rows), a.split(rows)):
-        part += x @ b
 
 
 class Transformer(nn.Module):
