@@ -194,10 +194,11 @@ class Tokenizer:
         spell = lambda ids: [j for i in ids for j in self.spelt.get(i, (i,))] if self.spelt else ids
         return list(map(spell, ids)) if isinstance(text, list) else spell(ids)
 
-    def encode_prompt(self, prompt: str | list) -> list[int]:
-        """The ids of a prompt, text or conversation, BOS included: what training sees before a
+    def encode_prompts(self, prompts: list) -> list[list[int]]:
+        """The ids of prompts, texts or conversations, BOS included: what training sees before a
         response, and what the sampler starts from."""
-        return encode_block([Example(prompt, (), where="prompt")], self)[0][0]
+        examples = [Example(prompt, (), where="prompt") for prompt in prompts]
+        return [sequences[0] for sequences in encode_block(examples, self)]
 
     def stop_ids(self, prompt: str | list) -> set[int]:
         """The ids that end a response: EOS, and in a chat what its template ends a turn with."""

@@ -181,7 +181,7 @@ class PackedAttention:
     def pad(self, key_rows) -> tuple:
         """Groups of like segments: the stream rows of their padded keys, which queries the padded
         ones are, and where among those each query is."""
-        alike = lambda n: round(4 * math.log(n + 16))  # within a quarter, or a few tokens
+        alike = lambda n: round(4 * math.log(n + 48))  # within a quarter, or a dozen tokens
         sizes = zip(self.keys.tolist(), self.queries.tolist())
         kinds = [(n > m, alike(n), alike(m)) for n, m in sizes]
         order = sorted(range(len(kinds)), key=kinds.__getitem__)
@@ -239,10 +239,10 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, size: int):
         self.shape = batch, size, config.num_key_value_heads, config.head_dim
         self.layers = {}
-        # Set by generate for the stream that runs next: (T,), (T,), and the slots then in use.
-        self.sequences = self.positions = self.used = None
-
-    rows = None  # every token goes on
+        # Set by generate for the stream that runs next: (T,), (T,), and, once it is one token of
+        # each, which of the slots in use it sees, (B, 1, 1, used).
+        self.sequences = self.positions = self.mask = None
+        self.rows = None  # every token goes on
 
     def store(self, layer: int, k, v):
         if layer not in self.layers:
@@ -253,13 +253,25 @@ class KVCache:
     def __call__(self, layer: int, q, k, v):
         """Attention of one new token per sequence, (B, H, D), to itself and all stored before."""
         self.store(layer, k, v)
-        qkv = q[:, :, None], *(x[:, : self.used].transpose(1, 2) for x in self.layers[layer])
-        slots = torch.arange(self.used, device=q.device)
-        mask = (slots <= self.positions[:, None])[:, None, None]  # (B, 1, 1, used)
-        return F.scaled_dot_product_attention(*qkv, mask, enable_gqa=True).squeeze(2)
+        used = self.mask.shape[-1]
+        qkv = q[:, :, None], *(x[:, :used].transpose(1, 2) for x in self.layers[layer])
+        return F.scaled_dot_product_attention(*qkv, self.mask, enable_gqa=True).squeeze(2)
 
 
-class Projection(nn.Linear):
+class Unfilled:
+    def reset_parameters(self):
+        """Nothing: `random_weights` or a checkpoint fills all parameters."""
+
+
+class Embedding(Unfilled, nn.Embedding):
+    pass
+
+
+class Linear(Unfilled, nn.Linear):
+    pass
+
+
+class Projection(Linear):
     """x·Wᵀ, and with adapters x·(W + 2·B·A)ᵀ (LoRA, Hu et al., 2106.09685, alpha = 2·rank).
 
     `lora` holds A (rank, inputs) and B (outputs, rank); B starts at zero, so that nothing changes.
@@ -271,7 +283,7 @@ class Projection(nn.Linear):
 
     def add_lora(self, rank: int):
         like = {"bias": False, "device": self.weight.device, "dtype": self.weight.dtype}
-        a, b = nn.Linear(self.in_features, rank, **like), nn.Linear(rank, self.out_features, **like)
+        a, b = Linear(self.in_features, rank, **like), Linear(rank, self.out_features, **like)
         nn.init.zeros_(b.weight)
         self.lora = nn.Sequential(a, b)
 
@@ -410,12 +422,12 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # set from outside
 
     def init_weights(self, seed: int) -> "Transformer":
@@ -481,7 +493,10 @@ def sample_tokens(logits, temperature: float, top_k: int, top_p: float, generato
         ordered, index = probabilities.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # those before it suffice
         probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    # Where a uniform number falls among the summed probabilities: far faster than multinomial.
+    sums = probabilities.cumsum(-1)
+    drawn = torch.rand(len(sums), 1, device=sums.device, generator=generator).clamp(max=1 - 1e-6)
+    return torch.searchsorted(sums, drawn * sums[:, -1:], right=True).squeeze(1)
 
 
 @torch.no_grad()
@@ -532,7 +547,8 @@ def generate(
         ended |= torch.isin(tokens, stops)
         if len(steps) == max_new_tokens or ended.all():
             break
-        cache.used = longest + len(steps)
+        slots = torch.arange(longest + len(steps), device=device)
+        cache.mask = (slots <= cache.positions[:, None])[:, None, None]
         logits = model(tokens, cache.positions, None, rows, cache=cache)
         cache.positions = cache.positions + 1
     new = torch.stack(steps, dim=1)  # (B, steps)

@@ -148,7 +148,7 @@ def draw(
     """
     if tokenizer is None:
         raise UsageError("sampling needs a tokenizer.model in the checkpoint")
-    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    encoded = tokenizer.encode_prompts(prompts)
     stops = set().union(*map(tokenizer.stop_ids, prompts))
     c, longest = model.config, max(map(len, encoded)) + max_new_tokens
     per_token = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes, float32

@@ -36,10 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
 import dpo
@@ -101,6 +97,7 @@ class Settings:
     dtype: str = "auto"  # of matrix products: bfloat16, float32; auto: bfloat16 on CUDA only
     lora_rank: int = 0  # train adapters of this rank only, merged when saved; 0: all weights
     compile: bool = False  # torch.compile each block
+    defer_reduce: bool = True  # FSDP: sum gradients over ranks once a step; false: after each pass
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     log_every: int = 25  # steps
     eval_every: int = 0  # steps; 0: before and after each stage only
@@ -415,6 +412,9 @@ def shard(model: Transformer, run: Run) -> Transformer:
         for layer in model.layers:
             layer.compile(dynamic=True)
     if run.world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = init_device_mesh(run.device.type, (run.world,))
         precision = MixedPrecisionPolicy(  # weights gathered in bf16, gradients summed in float32
             param_dtype=torch.bfloat16 if run.dtype == "bfloat16" else None,
@@ -597,10 +597,11 @@ def make_optimizer(model, settings: Settings) -> torch.optim.Optimizer:
 def train_step(stage: Stage, model, optimizer, plan: list, totals: Counter, run: Run):
     """One optimizer step over the planned micro-batches. (all ranks)"""
     count = stage.count(data.examples_of(plan))
-    # Under FSDP every micro-batch's gradient is summed over the ranks at once: to wait for the last
-    # would be a third less traffic, but a whole gradient in float32 on every rank until then.
-    for logps, _, loss_of in forward(stage, model, plan, run):
+    last = len(plan[run.rank]) - 1
+    for number, (logps, _, loss_of) in enumerate(forward(stage, model, plan, run)):
         loss, sums = loss_of(logps)
+        if run.world > 1 and run.settings.defer_reduce:
+            model.set_requires_gradient_sync(number == last)
         # FSDP averages over ranks: times their number this is the sum over all pairs, divided by
         # the pairs of the step, however they are spread over ranks and micro-batches.
         (loss * run.world / count).backward()
@@ -687,6 +688,8 @@ def save_model(model, tokenizer, directory: Path, run: Run):
 
 def resume_state(model, optimizer) -> dict:
     """Weights that are trained, and the optimizer's moments."""
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
     options = dcp_state.StateDictOptions(ignore_frozen_params=True)
     weights, moments = dcp_state.get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
@@ -698,6 +701,8 @@ progress = lambda point: (point["stage"] == "dpo", point["step"])  # in the orde
 def save_resume(stage: str, step: int, model, optimizer, run: Run):
     """A state to resume from; it counts once point.json is in it, then the last one goes. (all
     ranks)"""
+    import torch.distributed.checkpoint as dcp
+
     place = run.out / "resume" / f"{stage}-{step}"
     if run.rank == 0:
         shutil.rmtree(place, ignore_errors=True)
@@ -723,6 +728,9 @@ def resume_point(run: Run) -> dict:
 
 def load_resume(model, optimizer, run: Run) -> int:
     """Restore weights and moments; returns the number of steps already done. (all ranks)"""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
     point, state = resume_point(run), resume_state(model, optimizer)
     place = run.out / "resume" / f"{point['stage']}-{point['step']}"
     dcp.load(state, checkpoint_id=place, no_dist=run.world == 1)

@@ -40,7 +40,7 @@ def test_decode_gives_prompt_and_response_back(tokenizer):
         ids, chosen = (
             dataset.tokens[a:b].tolist() for a, b in itertools.pairwise(dataset.offsets[:3])
         )
-        assert ids == tokenizer.encode_prompt(prompt), "the sampler starts from the same ids"
+        assert ids == tokenizer.encode_prompts([prompt])[0], "the sampler starts from the same ids"
         assert tokenizer.decode(ids + chosen) == prompt + response
         if prompt:
             assert tokenizer.decode(chosen, continuation=True) == response
@@ -406,7 +406,7 @@ def test_chat_templates(tokenizer, tmp_path, name):
     prompt, answers = conversation[:4], (conversation[4:], turns("a: 5"))
     dataset = data.encode_examples([data.Example(prompt, answers)], t, 512, 256)
     head, chosen, rejected = sequences(dataset)
-    assert head == t.encode_prompt(prompt), "the sampler starts from the same ids"
+    assert head == t.encode_prompts([prompt])[0], "the sampler starts from the same ids"
     whole = rendered(conversation, False).rstrip()
     whole = whole if whole.endswith(end) else whole + end
     added_bos = not whole.startswith("<s>") and name != "no bos"
@@ -488,7 +488,7 @@ def test_user_defined_control_pieces_come_from_the_template_alone(tmp_path):
         assert not {start, end} & set(ids) and bold in ids, "<b> is an ordinary piece"
     assert t.decode(t.encode(forged)) == forged
     assert t.decode(t.encode("<|im_end|>" * 1500)) == "<|im_end|>" * 1500
-    ids = t.encode_prompt([{"role": "user", "content": forged}])
+    ids = t.encode_prompts([[{"role": "user", "content": forged}]])[0]
     assert (ids.count(start), ids.count(end)) == (2, 1), "the template's own"
 
 
@@ -516,7 +516,7 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
         t.save(tmp_path / f"saved{i}")
         again = data.Tokenizer(tmp_path / f"saved{i}" / "tokenizer.model")
         assert again.control == t.control and again.names == t.names
-        assert again.encode_prompt(ASKED) == t.encode_prompt(ASKED)
+        assert again.encode_prompts([ASKED])[0] == t.encode_prompts([ASKED])[0]
 
 
 TEXTS = [

@@ -129,7 +129,7 @@ def test_chat_renders_as_training_does(checkpoints, tokenizer, monkeypatch, caps
     sample.chat(sample.parse_arguments(flags))
     first, second = (prompts[0] for prompts in seen)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello </s>"}]
-    assert first == tokenizer.encode_prompt(turns)
+    assert first == tokenizer.encode_prompts([turns])[0]
     assert first.count(tokenizer.eos_id) == 0, "what the user writes is never a control token"
     assert tokenizer.decode(first) == "Be brief.\n\nHuman: hello </s>\n\nAssistant:"
     assert tokenizer.decode(second).endswith("\n\nHuman: and 2+2?\n\nAssistant:")

@@ -328,7 +328,7 @@ def test_llama_on_stack_exchange_paired(tmp_path):
     tokenizer = data.Tokenizer(tmp_path / "dpo" / "tokenizer.model")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
-    ids = tokenizer.encode_prompt("Question: How?\n\nAnswer:")
+    ids = tokenizer.encode_prompts(["Question: How?\n\nAnswer:"])[0]
     ours, size = load_pretrained(tmp_path / "dpo"), len(ids)
     segment, rows = torch.tensor([[0, 0, 0, size]]), torch.arange(size)
     logits = ours(torch.tensor(ids), rows, segment, rows)
