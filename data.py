@@ -565,6 +565,17 @@ class Dataset:
         tokens = np.diff(self.offsets[self.trees])
         return tokens - (np.diff(self.trees) - 1)  # the last token of a response is never read
 
+    def work(self) -> np.ndarray:
+        """What each example asks of the model, (examples, 3): tokens of the stream, tokens to
+        predict, and pairs of a token and one that it sees."""
+        sizes = np.diff(self.offsets).astype(np.float64)
+        prompt = np.repeat(sizes[self.trees[:-1]], np.diff(self.trees))
+        own, first = sizes - 1, self.trees[:-1]  # the last token of a response is never read
+        seen = own * prompt + own * (own + 1) / 2
+        seen[first] = sizes[first] * (sizes[first] + 1) / 2
+        predicted, seen = (np.add.reduceat(x, first) for x in (self.learnt, seen))
+        return np.stack([self.lengths(), predicted, seen], axis=1)
+
     def response_lengths(self) -> np.ndarray:
         """Learnt tokens of each response, EOS included, (responses,), in the examples' order."""
         return np.delete(self.learnt, self.trees[:-1])

@@ -75,7 +75,8 @@ def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 class Normalize(torch.autograd.Function):
-    """x / rms(x) · weight. Keeps x and 1 / rms(x) alone for the backward pass."""
+    """F.rms_norm, bit by bit; on the CPU twice as fast in training, as it keeps x and 1 / rms(x)
+    alone for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, eps: float):
@@ -101,7 +102,11 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x):
-        x = Normalize.apply(x, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.requires_grad and not x.is_cuda:
+            x = Normalize.apply(x, weight, self.eps)
+        else:
+            x = F.rms_norm(x, self.normalized_shape, weight, self.eps)
         return x.to(matmul_dtype(self.weight))
 
 
@@ -440,6 +445,21 @@ class Transformer(nn.Module):
         for module in [m for m in self.modules() if isinstance(m, Projection)]:
             module.add_lora(rank)
         return self
+
+    def flops(self, tokens: float, predicted: float, attended: float) -> float:
+        """Floating-point operations of a forward pass over so many tokens of a stream, of which
+        so many predict, with so many pairs of a token and one that it sees.
+
+        Two for each token and weight of a matrix that it meets, the last block and the head at the
+        rows that predict, and four for each pair, layer and width of the heads.
+        """
+        c, width = self.config, self.config.num_attention_heads * self.config.head_dim
+        keys = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+        block = 2 * c.hidden_size * width + keys + 3 * c.hidden_size * c.intermediate_size
+        every = (c.num_hidden_layers - 1) * block + keys
+        some = block - keys + c.vocab_size * c.hidden_size
+        dense = 2 * (every * tokens + some * predicted)
+        return dense + 4 * c.num_hidden_layers * width * attended
 
     @torch.no_grad()
     def merge_lora(self):
