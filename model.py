@@ -288,7 +288,7 @@ class Projection(Linear):
 
     def add_lora(self, rank: int):
         like = {"bias": False, "device": self.weight.device, "dtype": self.weight.dtype}
-        a, b = Linear(self.in_features, rank, **like), Linear(rank, self.out_features, **like)
+        a, b = nn.Linear(self.in_features, rank, **like), Linear(rank, self.out_features, **like)
         nn.init.zeros_(b.weight)
         self.lora = nn.Sequential(a, b)
 
@@ -316,7 +316,9 @@ class Attention(nn.Module):
         if rows is not None:
             x, cos, sin = (y.index_select(0, rows) for y in (x, cos, sin))
         q = rotate(heads(self.q_proj(x)), cos, sin)
-        if torch.compiler.is_compiling():  # lengths change: only what is around this is compiled
+        if torch.compiler.is_compiling() and not isinstance(
+            attend, KVCache
+        ):  # lengths change: only what is around this is compiled
             attend = torch.compiler.disable(attend)
         out = attend(layer, q, k, v)
         return self.o_proj(out.flatten(1))
@@ -530,6 +532,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token=None,
+    compile: bool = False,
 ) -> list[list[int]]:
     """Sample one continuation of every prompt; temperature 0 is greedy.
 
@@ -538,6 +541,7 @@ def generate(
     with the B ids of every step. Raises CheckpointError if it could outgrow a sliding window.
     The prompts run as one packed stream, by the same attention as in training; then every step is
     a stream of one token per sequence. A sequence that has ended runs on unseen until all have.
+    compile: that step by torch.compile, in one graph, which takes some ten seconds at first.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
@@ -556,6 +560,7 @@ def generate(
     rows = torch.arange(len(prompts), device=device)
     logits = model(tokens, cache.positions, branches, rows, cache=cache)
 
+    step = torch.compile(model.forward) if compile else model
     cache.sequences = rows
     cache.positions = lengths.to(device)
     steps, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -567,9 +572,10 @@ def generate(
         ended |= torch.isin(tokens, stops)
         if len(steps) == max_new_tokens or ended.all():
             break
-        slots = torch.arange(longest + len(steps), device=device)
+        used = cache.shape[1] if compile else longest + len(steps)  # compiled: of one shape
+        slots = torch.arange(used, device=device)
         cache.mask = (slots <= cache.positions[:, None])[:, None, None]
-        logits = model(tokens, cache.positions, None, rows, cache=cache)
+        logits = step(tokens, cache.positions, None, rows, cache=cache)
         cache.positions = cache.positions + 1
     new = torch.stack(steps, dim=1)  # (B, steps)
     before_stop = (torch.isin(new, stops).cumsum(1) == 0).sum(1).tolist()

@@ -58,6 +58,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
     add("--top_k", type=int, default=0, help="only the k most probable tokens (default 0: all)")
     add("--top_p", type=float, default=1.0, help="only this much probability mass (default 1)")
+    add("--compile", action="store_true", help="torch.compile: pays from thousands of tokens on")
     add("--seed", type=int, default=0, help="of the sampler (default 0)")
     args = parser.parse_args(arguments)
     least = {"n": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "beta": 0}
@@ -79,7 +80,7 @@ def refuse(args, given: set[str]):
     """Raise UsageError for a combination that lacks something, or would ignore something."""
     prompts, greedy = bool(args.prompt or args.prompts), args.temperature == 0
     shaped = {"--temperature", "--top_k", "--top_p"}
-    sampler = shaped | {"--max_new_tokens", "--seed"}
+    sampler = shaped | {"--max_new_tokens", "--seed", "--compile"}
     if prompts + args.chat + bool(args.score) != 1:
         raise UsageError("give --prompt or --prompts, or --chat, or --score")
     if (args.score or args.best_of or args.kl) and not args.compare:
@@ -102,7 +103,7 @@ def refuse(args, given: set[str]):
 
 def options(args) -> dict:
     """What the arguments say to the sampler."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compile")
     return {name: getattr(args, name) for name in names}
 
 

@@ -123,6 +123,7 @@ POSITIVE |= {"log_every", "review_demonstrations", "review_pairs"}
 NOT_ZERO = {"exo": "label_smoothing", "chipo": "gamma", "fdpo_alpha": "alpha"}
 # What may change when resuming:
 MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "wandb", "review_samples"}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 SHOWN = ("/loss", "/rewards/accuracies", "/rewards/margins", "/rewards/chosen")  # in the terminal
 
 
@@ -448,7 +449,11 @@ class Stage:
 
 
 def micro_batches(dataset: data.Dataset, plan: list, run: Run):
-    """This rank's micro-batches of one step of the plan, on its device."""
+    """This rank's micro-batches of one step of the plan, on its device.
+
+    On CUDA each is made and copied, from pinned memory, while the GPU still works on the last one:
+    nothing in a step waits for it, but for the statistics of the losses that need some.
+    """
     for examples in plan[run.rank]:
         yield data.collate(dataset, examples).to(run.device)
 
@@ -613,9 +618,21 @@ def train_step(stage: Stage, model, optimizer, plan: list, totals: Counter, run:
     return norm
 
 
+def utilization(model, work: np.ndarray, seconds: float, run: Run) -> dict[str, float]:
+    """`mfu`: floating-point operations that the work asks for, a backward pass as two forward ones
+    (with LoRA as one), by what the GPUs could do in that time; of known ones, in bf16 alone."""
+    name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    if not peak or run.dtype != "bfloat16":
+        return {}
+    passes = 2 if run.settings.lora_rank else 3
+    return {"mfu": passes * model.flops(*work) / (seconds * peak * run.world)}
+
+
 def run_stage(stage: Stage, model, run: Run):
     """Train one stage to its end, from its start or from where --resume left it. (all ranks)"""
-    s, lengths = run.settings, stage.train.lengths()
+    s, work_of = run.settings, stage.train.work()
+    lengths = work_of[:, 0].astype(np.int64)
     per_epoch = math.ceil(len(lengths) / s.batch_size)
     steps = min(stage.epochs * per_epoch, s.max_steps or math.inf)
     optimizer = make_optimizer(model, s)
@@ -629,7 +646,7 @@ def run_stage(stage: Stage, model, run: Run):
 
     if stage.eval and not first:
         report(0, evaluate(stage, model, run))
-    totals, norms, work, plan = Counter(), [], np.zeros(2), None
+    totals, norms, work, plan = Counter(), [], np.zeros(4), None
     begun = since = time.perf_counter()
     for step in range(first, steps):
         epoch, within = divmod(step, per_epoch)
@@ -644,23 +661,27 @@ def run_stage(stage: Stage, model, run: Run):
             group["lr"] = rate
         norms.append(train_step(stage, model, optimizer, plan[within], totals, run))
         examples = data.examples_of(plan[within])
-        work += len(examples), lengths[examples].sum()
-        done, now = step + 1, time.perf_counter()
+        work += len(examples), *work_of[examples].sum(0)
+        done = step + 1
         if done % s.log_every == 0 or done == steps:
             row = averages(totals, "train", run)
+            now = time.perf_counter()  # once the GPU has done all that was asked of it
             row["train/grad_norm"] = torch.stack(norms).mean().item()
             row["train/learning_rate"] = rate
             if not all(map(math.isfinite, row.values())):
                 raise SettingError(f"{stage.name} diverged by step {done}: lower its learning rate")
-            row["pairs_per_second"], row["tokens_per_second"] = work / (now - since)
+            row["pairs_per_second"], row["tokens_per_second"] = work[:2] / (now - since)
+            row |= utilization(model, work[1:], now - since, run)
             row["peak_memory_gib"] = peak_memory(run.device)
             left = (now - begun) / (done - first) * (steps - done)
             report(done, row, f"  {row['pairs_per_second']:.0f} pairs/s  {left:.0f} s left")
-            totals, norms, work, since = Counter(), [], np.zeros(2), now
+            totals, norms, work, since = Counter(), [], np.zeros(4), now
+        paused = time.perf_counter()
         if stage.eval and (done == steps or (s.eval_every and done % s.eval_every == 0)):
             report(done, evaluate(stage, model, run))
         if s.save_every and done % s.save_every == 0 and done < steps:
             save_resume(stage.name, done, model, optimizer, run)
+        since += time.perf_counter() - paused
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,6 +1,6 @@
 """What a DPO step costs here, and as it is usually written: `python tests/benchmark.py [SECTION …]`
 
-Sections (without any all but the last two, about 15 minutes on two cores):
+Sections (without any all of them, about half an hour on two cores):
     steps      time of forward and backward against the standard step, one lever after the other
     memory     peak memory of both, each in a process of its own
     growth     how the time grows with each size
@@ -8,7 +8,6 @@ Sections (without any all but the last two, about 15 minutes on two cores):
     plan       planning and packing an epoch of a million pairs
     ranks      cost per pair of two FSDP processes against one
     start      seconds until --help
-    trl        the same step in TRL's DPOTrainer, where it is installed
 
 The standard step pads 2B whole sequences to the longest, computes the prompt twice, the logits of
 every position, their log-softmax, and a forward of the reference. Both sides have the same weights,
@@ -313,13 +312,13 @@ def memory(args):
 
 def growth(args):
     print(
-        "\nSeconds of a step (reference cached) as one size doubles; else 4 pairs, 192:64, V 32,000"
+        "\nSeconds of a step (reference cached) as one size doubles, from 4 pairs of 192:64, V = 32,000, width 512"
     )
     base = {"prompt": 192, "response": 64, "pairs": 4, "vocabulary": 32000, "width": 512}
-    for size in base:
+    for size, value in base.items():
         actions = {}
         for factor in (0.5, 1, 2, 4):
-            s = base | {size: int(base[size] * factor)}
+            s = base | {size: int(value * factor)}
             width = {"hidden_size": s["width"], "intermediate_size": s["width"] * 43 // 16}
             width |= {"num_attention_heads": s["width"] // 64}
             model = new_model(s["vocabulary"], **width, num_key_value_heads=s["width"] // 64)
@@ -352,12 +351,14 @@ def sampling(args):
             ids = torch.tensor(prompts, device=DEVICE)
             length = {"min_new_tokens": 64, "max_new_tokens": 64, "pad_token_id": 0}
             theirs = lambda o=other, i=ids, n=length: o.generate(i, do_sample=True, top_k=0, **n)
-            ours = lambda m=model, p=prompts: generate(m, p, 64, [])
+            ours = lambda m=model, p=prompts, **o: generate(m, p, 64, [], **o)
+            actions = {"theirs": theirs, "ours": ours, "compiled": lambda f=ours: f(compile=True)}
             with torch.no_grad():
-                seconds = in_turn({"theirs": theirs, "ours": ours}, args.rounds)
+                seconds = in_turn(actions, args.rounds)
             speed = batch * 64 / statistics.median(seconds["ours"])
-            print(f"    {name}, batch {batch}: {speed:,.0f} tokens/s, ", end="")
-            print(f"{ratio(seconds, 'theirs', 'ours')} times as many", flush=True)
+            print(f"    {name}, batch {batch}: {speed:,.0f} a second of CPU time, ", end="")
+            print(f"{ratio(seconds, 'theirs', 'ours')} times as many; ", end="")
+            print(f"compiled {ratio(seconds, 'theirs', 'compiled')}", flush=True)
 
 
 # The rest.
@@ -398,44 +399,42 @@ def start(args):
 
 
 def ranks(args):
-    """The real trainer, one thread each: seconds per step of 2 processes with the pairs of two."""
-    print("\nSeconds of a step of train.py per pair and rank, FSDP on gloo against one process")
+    """The real trainer, one thread each, as many pairs for each process."""
+    print("\nSeconds of a step of train.py, FSDP on gloo with two processes, against one process")
     with tempfile.TemporaryDirectory() as directory:
-        here = Path(directory)
-        rows = [{"prompt": t[0], "chosen": t[1], "rejected": t[2]}
-                for t in draw_trees([[192, 64, 64]] * 384)]  # fmt: skip
-        (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        here, seconds = Path(directory), {}
+        names, trees = ("prompt", "chosen", "rejected"), draw_trees([[192, 64, 64]] * 48)
+        rows = "".join(json.dumps(dict(zip(names, tree))) + "\n" for tree in trees)
+        (here / "pairs.jsonl").write_text(rows)
         save_pretrained(new_model().cpu(), here / "model")
-        flags = [
-            f"--data={here / 'pairs.jsonl'}",
-            f"--init_from={here / 'model'}",
-            "--sft_epochs=0",
-        ]
-        flags += ["--max_steps=6", "--log_every=1", "--learning_rate=1e-5"]
-        kinds = {
-            "one process": (1, []),
-            "two": (2, []),
-            "two, summed after each pass": (2, ["--defer_reduce=false"]),
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        fixed = [str(ROOT / "train.py"), f"--init_from={here / 'model'}", "--max_steps=4"]
+        fixed += [f"--data={here / 'pairs.jsonl'}", "--sft_epochs=0", "--epochs=4", "--log_every=1"]
+        kinds = {  # at a time, launcher, flags
+            "one": (1, [], ["--batch_size=24"]),
+            "two that share nothing": (2, [], ["--batch_size=24"]),
+            "FSDP": (1, launcher, ["--batch_size=48"]),
+            "FSDP, summed after each pass": (
+                1,
+                launcher,
+                ["--batch_size=48", "--defer_reduce=false"],
+            ),
         }
-        seconds = {name: [] for name in kinds}
-        for _ in range(2):
-            for name, (world, more) in kinds.items():
-                out = here / f"{world}{len(more)}"
-                launcher = [
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={world}",
-                ]
-                command = [sys.executable, *(launcher if world > 1 else []), str(ROOT / "train.py")]
-                command += [*flags, *more, f"--batch_size={32 * world}", f"--out_dir={out}"]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                subprocess.run(command, check=True, capture_output=True, env=environment)
-                lines = (out / "metrics.jsonl").read_text().splitlines()
-                rates = [json.loads(line)["pairs_per_second"] for line in lines]
-                seconds[name] += [world / rate for rate in rates[1:]]
-        for name in list(kinds)[1:]:
-            print(f"    {name}: {ratio(seconds, name, 'one process')} times as long", flush=True)
+        for name, (copies, before, flags) in kinds.items():
+            outs = [here / f"{name}{n}" / "out" for n in range(copies)]
+            command = [sys.executable, *before, *fixed, *flags]
+            started = [
+                subprocess.Popen(
+                    [*command, f"--out_dir={out}"], env=environment, stdout=subprocess.DEVNULL
+                )
+                for out in outs
+            ]
+            assert not any(process.wait() for process in started)
+            lines = (outs[0] / "metrics.jsonl").read_text().splitlines()
+            pairs = 48 if before else 24
+            seconds[name] = [pairs / json.loads(line)["pairs_per_second"] for line in lines][1:]
+            print(f"    {name}: {ratio(seconds, name, 'one')} times as long", flush=True)
 
 
 SECTIONS = {f.__name__: f for f in (steps, memory, growth, sampling, plan, ranks, start)}

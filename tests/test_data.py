@@ -19,6 +19,7 @@ from conftest import ROOT, SHAPES, make_model, random_dataset, run_script, write
 
 import data
 import dpo
+from model import attentions
 
 PAIR = {"prompt": "Q: 2+2?", "chosen": " 4", "rejected": " 5"}
 
@@ -613,6 +614,12 @@ def test_encoded_files_are_kept_by_content(tokenizer, tmp_path, monkeypatch):
         data.encode_files("none.jsonl", read, tokenizer, 64, 32, cache)
 
 
+def stream_rows(batch: data.Batch) -> list[int]:
+    """The rows of the stream that predict the targets, as the model's last layer takes them."""
+    last = attentions(batch.branches, torch.device("cpu"), torch.float32)[1]
+    return last.rows[batch.rows].tolist()
+
+
 def test_hidden_tokens_are_read_but_not_learnt():
     """[1 2 | ~3 4 5 ~6 7 | 8 ~9]: the user's turns within responses, by hand."""
     dataset = data.to_arrays([[[1, 2], [~3, 4, 5, ~6, 7], [8, ~9, 10]]])
@@ -620,12 +627,12 @@ def test_hidden_tokens_are_read_but_not_learnt():
     batch = data.collate(dataset, np.array([0]))
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 8, 9]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 2, 3]
-    assert batch.segments.tolist() == [[0, 0, 0, 6], [0, 2, 6, 8]]
-    assert batch.rows.tolist() == [2, 3, 5, 1, 7] and batch.targets.tolist() == [4, 5, 7, 8, 10]
+    assert batch.branches.tolist() == [[0, 2, 2, 6], [0, 2, 6, 8]]
+    assert stream_rows(batch) == [2, 3, 5, 1, 7] and batch.targets.tolist() == [4, 5, 7, 8, 10]
     assert batch.response.tolist() == [0, 0, 0, 1, 1] and batch.lengths.tolist() == [3, 2]
     told = data.to_arrays([[[1, 2], [3, 4, 5, 6, 7], [8, 9, 10]]])  # the same, all learnt
     model, full = make_model(SHAPES["tied"]), data.collate(told, np.array([0]))
-    each = model(full.tokens, full.positions, full.segments, full.rows, full.targets)
+    each = model(full.tokens, full.positions, full.branches, full.rows, full.targets)
     expected = torch.stack([each[[1, 2, 4]].sum(), each[[5, 7]].sum()])
     torch.testing.assert_close(dpo.sequence_logps(model, batch), expected)
 
@@ -715,17 +722,19 @@ def test_a_batch_holds_what_its_examples_say():
         read += trees[-1][0] + [t for response in trees[-1][1:] for t in response[:-1]]
     assert batch.tokens.tolist() == read
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4, 2, 0, 1]
-    assert batch.segments.tolist() == [
-        [0, 0, 0, 5], [0, 3, 5, 6], [6, 6, 6, 11], [6, 8, 11, 12], [12, 12, 12, 14]
+    assert batch.branches.tolist() == [
+        [0, 3, 3, 5], [0, 3, 5, 6], [0, 3, 6, 6], [6, 8, 8, 11], [6, 8, 11, 12], [12, 13, 13, 14]
     ]  # fmt: skip
     assert batch.targets.tolist() == [t for tree in trees for r in tree[1:] for t in r]
-    assert batch.rows.tolist() == [2, 3, 4, 2, 5, 2, 7, 8, 9, 10, 7, 11, 12, 13]
+    assert stream_rows(batch) == [2, 3, 4, 2, 5, 2, 7, 8, 9, 10, 7, 11, 12, 13]
     assert batch.response.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 4, 5, 5]
     assert batch.response_ids.tolist() == [0, 1, 2, 4, 5, 3]
     assert batch.chosen.tolist() == [0, 0, 1, 3] and batch.rejected.tolist() == [1, 2, 2, 4]
     assert batch.weights.tolist() == [2, 2, 2, 1] and batch.best.tolist() == [0, 3, 5]
     assert dataset.lengths().tolist() == [6, 2, 6]
     assert dataset.response_lengths()[batch.response_ids].tolist() == batch.lengths.tolist()
+    # By hand: of 3 | 3 2 1 the prompt's tokens see 1, 2, 3, those that are read 4, 5 and 4 tokens.
+    assert dataset.work().tolist() == [[6, 6, 19], [2, 2, 3], [6, 6, 18]]
     idle = data.collate(dataset, np.array([], dtype=int))
     assert len(idle.tokens) == 6 and len(idle.chosen) == len(idle.best) == len(idle.weights) == 0
 

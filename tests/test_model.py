@@ -6,11 +6,13 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHAPES, make_model, random_dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dpo
@@ -102,6 +104,9 @@ def test_packed_shared_chunked_equals_plain(shape, monkeypatch):
 def test_batch_mates_order_and_checkpointing_do_not_matter():
     model, dataset = make_model(SHAPES["grouped"]), random_dataset(SIZES)
     everyone = dpo.sequence_logps(model, data.collate(dataset, np.arange(len(SIZES))))
+    with torch.no_grad():  # as the reference is computed
+        again = dpo.sequence_logps(model, data.collate(dataset, np.arange(len(SIZES))))
+    assert torch.equal(again, everyone)
     for order in ([4, 3, 2, 1, 0], [2], [3, 3, 0]):
         batch = data.collate(dataset, np.array(order))
         logps = dpo.sequence_logps(model, batch)
@@ -113,6 +118,39 @@ def test_batch_mates_order_and_checkpointing_do_not_matter():
             "recomputed, not changed"
         )
         model.activation_checkpointing = False
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_standard_step_of_the_benchmark_is_ours(shape):
+    """What the benchmark compares is the same: values and gradients to 1e-9, whatever the layout."""
+    model, reference = make_model(SHAPES[shape]), make_model(SHAPES[shape])
+    with torch.no_grad():
+        reference.norm.weight.mul_(1.1)
+    trees = benchmark.draw_trees([[9, 5, 3], [4, 2, 70], [80, 1, 6], [20, 20, 20]], vocab=97)
+    found = {}
+    for name, step in benchmark.ladder(trees, model, reference).items():
+        logps = step()
+        found[name] = [logps.detach(), *(p.grad.clone() for p in model.parameters())]
+        model.zero_grad()
+    live = {name: found.pop(name) for name in ("standard", "ours, live")}
+    for steps in (found, live):
+        first, *others = steps.values()
+        for other in others:
+            for a, b in zip(first, other):
+                torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+    moved = found["shared prompt"][1] - live["standard"][1]
+    assert len(found) == 4 and moved.abs().max() > 1e-3, "the reference matters"
+
+
+def test_flops_are_those_that_torch_counts():
+    """Of matrix products; attention, which the counter does not know on the CPU, by its formula."""
+    model, dataset = make_model(SHAPES["grouped"]), random_dataset([[9, 5, 3], [4, 2, 7]])
+    batch, work = data.collate(dataset, np.arange(2)), dataset.work().sum(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dpo.sequence_logps(model, batch)
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert model.flops(work[0], work[1], 0) == counted
+    assert model.flops(0, 0, work[2]) == 4 * 3 * 4 * 16 * work[2]  # layers, heads, head_dim
 
 
 def test_a_branch_sees_its_own_tree_only():
@@ -223,6 +261,17 @@ def test_generate_stops_at_any_of_several_ids():
         assert not {2, 7, 8} & set(ids[:-1]) and (len(ids) == 30 or ids[-1] in {2, 7, 8})
     run = lambda eos: generate(model, [[5, 6]] * 20, 30, eos, seed=1)
     assert run(2) == run([2]) != run([2, 7])
+
+
+@pytest.mark.slow
+def test_compiled_sampling_is_the_same_in_one_graph():
+    model = make_model(SHAPES["grouped"], scale=2.0).float()
+    prompts = [[5, 6, 7], [3], [9, 8, 7, 6, 5]]
+    run = lambda **options: generate(model, prompts, 20, 2, seed=1, **options)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    assert run(compile=True) == run()
+    assert graphs["unique_graphs"] == before + 1, "every step of one shape"
 
 
 def test_nothing_is_longer_than_the_sliding_window():

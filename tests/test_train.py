@@ -113,7 +113,7 @@ def test_reference_is_reused_and_checked(done, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "flags"),
-    [(2, []), (3, []), (2, ["--lora_rank=3"]), (2, ["--loss=aot"])],
+    [(2, []), (3, ["--defer_reduce=false"]), (2, ["--lora_rank=3"]), (2, ["--loss=aot"])],
 )
 def test_several_ranks_equal_one(ranks, flags, tmp_path):
     """Weights and metrics, with clipping active, accumulation, packing that differs between ranks,
@@ -535,10 +535,19 @@ def test_wandb_offline(tmp_path):
 
 
 @pytest.mark.slow
-def test_compile(tmp_path):
-    flags = ["--max_steps=2", "--sft_epochs=0"]
+def test_compile(tmp_path, monkeypatch):
+    """The same weights; and lengths that change from step to step compile nothing anew."""
+    flags, graphs, step = ["--max_steps=8", "--sft_epochs=0"], [], train.train_step
     train_here(tmp_path / "eager", *flags)
+
+    def counting(*arguments):
+        norm = step(*arguments)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return norm
+
+    monkeypatch.setattr(train, "train_step", counting)
     train_here(tmp_path / "compiled", *flags, "--compile")
+    assert len(graphs) == 8 and graphs[0] > 0 and len(set(graphs[2:])) == 1, graphs
     eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
     for name, value in eager.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
