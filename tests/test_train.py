@@ -330,8 +330,8 @@ def test_llama_on_stack_exchange_paired(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
     ids = tokenizer.encode_prompts(["Question: How?\n\nAnswer:"])[0]
     ours, size = load_pretrained(tmp_path / "dpo"), len(ids)
-    segment, rows = torch.tensor([[0, 0, 0, size]]), torch.arange(size)
-    logits = ours(torch.tensor(ids), rows, segment, rows)
+    branches, rows = torch.tensor([[0, 1, 1, size]]), torch.arange(size)
+    logits = ours(torch.tensor(ids), rows, branches, rows)
     torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], logits, rtol=1e-4, atol=1e-4)
 
 
