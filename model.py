@@ -163,7 +163,7 @@ class PackedAttention:
             self.longest = queries.max().item(), self.keys.max().item()
             self.attend, indices = self.flash, [rows, key_rows, *bounds]
         else:
-            self.attend, indices = self.padded, [rows, *self.pad(key_rows)]
+            self.attend, indices = self.padded, [rows, *self.pad(key_rows, device)]
         if device.type == "cuda":  # from pinned memory, so that the host need not wait
             indices = [x.pin_memory().to(device, non_blocking=True) for x in indices]
         self.rows, self.key_rows, *self.others = indices  # the stream rows of all queries; of keys
@@ -183,7 +183,7 @@ class PackedAttention:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         return varlen_attn(q, k, v, *bounds, *self.longest, window_size=(-1, 0))
 
-    def pad(self, key_rows) -> tuple:
+    def pad(self, key_rows, device) -> tuple:
         """Groups of like segments: the stream rows of their padded keys, which queries the padded
         ones are, and where among those each query is."""
         alike = lambda n: round(4 * math.log(n + 48))  # within a quarter, or a dozen tokens
@@ -199,9 +199,10 @@ class PackedAttention:
             query, key = torch.arange(m.max()), torch.arange(n.max())
             queries.append((first_query[at] + query.minimum(m - 1)).flatten())
             keys.append(key_rows[self.first_key[at] + key.minimum(n - 1)].flatten())
-            # Causal from the bottom right of each; what is padded no query sees, and nobody reads.
-            mask = key <= query[:, None] + (n - m)[..., None]  # (s, m, n)
-            self.groups.append((*mask.shape, mask[:, None] if prefixed else None))
+            mask = None  # is_causal says it: no query sees padded keys, and nobody reads its own
+            if prefixed:  # causal from the bottom right of each, (s, 1, m, n)
+                mask = (key <= query[:, None] + (n - m)[..., None])[:, None].to(device)
+            self.groups.append((len(at), len(query), len(key), mask))
             place[at.squeeze(1)] = total + torch.arange(len(at)) * len(query)
             total += len(at) * len(query)
         return torch.cat(keys), torch.cat(queries), ragged(place, self.queries)

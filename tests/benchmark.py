@@ -206,7 +206,8 @@ def steps(args):
     print("\nTime of the standard step as a multiple: the levers one after the other; ours is the")
     print("last but one, `live` with a reference forward on our side too. Median [quartiles]")
     model, reference = new_model(), new_model()
-    cases = CASES | {"mixture": mixture(16)}
+    cases = CASES | {"mixture": mixture(8)}
+    cases = {name: cases[name] for name in args.cases.split(",")}
     for bf16 in [False] + [True] * bf16_is_native():
         for case, sizes in cases.items():
             trees = draw_trees(sizes)
@@ -444,7 +445,9 @@ def main():
     layout = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (default 7)")
+    cases = ",".join([*CASES, "mixture"])
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (default 5)")
+    parser.add_argument("--cases", default=cases, help=f"prompt:response lengths (default {cases})")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--default_malloc", action="store_true", help="let glibc give memory back")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)

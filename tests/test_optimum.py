@@ -33,7 +33,7 @@ BETA = 0.5
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """The checkpoint that is the reference, and its log-probs: far from uniform."""
-    torch.manual_seed(8)
+    torch.manual_seed(5)
     directory = tmp_path_factory.mktemp("optimum") / "start"
     config = ModelConfig(3, 32, 64, 2, 2, 2, 16, rope_theta=10.0, tie_word_embeddings=True)
     save_pretrained(make_model(config, scale=4.0).float(), directory)
