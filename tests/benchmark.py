@@ -299,7 +299,9 @@ def memory(args):
         found = {}
         for which in ("standard", "shared prompt"):
             command = [sys.executable, __file__, "--measure", which, str(prompt), str(vocab)]
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            usual = {name: value for name, value in os.environ.items() if name not in KEEP}
+            options = {"capture_output": True, "text": True, "env": usual}
+            result = subprocess.run(command, check=True, **options)
             found[which] = json.loads(result.stdout)
         (a, b), (c, d) = found.values()
         print(
