@@ -325,9 +325,10 @@ def growth(args):
             width = {"hidden_size": s["width"], "intermediate_size": s["width"] * 43 // 16}
             width |= {"num_attention_heads": s["width"] // 64}
             model = new_model(s["vocabulary"], **width, num_key_value_heads=s["width"] // 64)
-            trees = draw_trees([[s["prompt"], s["response"], s["response"]]] * s["pairs"])
+            sizes = [[s["prompt"], s["response"], s["response"]]] * s["pairs"]
+            trees = draw_trees(sizes, s["vocabulary"])
             actions[s[size]] = make_step(our_logps(trees), model, None, False)
-        seconds = in_turn(actions, 3)
+        seconds = in_turn(actions, args.rounds)
         medians = [f"{n:,}: {statistics.median(t):.2f}" for n, t in seconds.items()]
         print(f"    {size:11} " + "   ".join(medians), flush=True)
 
