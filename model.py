@@ -289,6 +289,7 @@ class Projection(Linear):
 
     def add_lora(self, rank: int):
         like = {"bias": False, "device": self.weight.device, "dtype": self.weight.dtype}
+        # A is drawn at once: what B of zero multiplies must be a number.
         a, b = nn.Linear(self.in_features, rank, **like), Linear(rank, self.out_features, **like)
         nn.init.zeros_(b.weight)
         self.lora = nn.Sequential(a, b)
@@ -317,9 +318,8 @@ class Attention(nn.Module):
         if rows is not None:
             x, cos, sin = (y.index_select(0, rows) for y in (x, cos, sin))
         q = rotate(heads(self.q_proj(x)), cos, sin)
-        if torch.compiler.is_compiling() and not isinstance(
-            attend, KVCache
-        ):  # lengths change: only what is around this is compiled
+        # Lengths change from batch to batch: only what is around packed attention is compiled.
+        if torch.compiler.is_compiling() and isinstance(attend, PackedAttention):
             attend = torch.compiler.disable(attend)
         out = attend(layer, q, k, v)
         return self.o_proj(out.flatten(1))
@@ -522,6 +522,20 @@ def sample_tokens(logits, temperature: float, top_k: int, top_p: float, generato
     return torch.searchsorted(sums, drawn * sums[:, -1:], right=True).squeeze(1)
 
 
+def read_prompts(model: Transformer, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+    """Fill the cache with the prompts, run as one packed stream; the logits after each, (B, V)."""
+    device = model.embed_tokens.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    branches = torch.stack([starts, ends, ends, ends], dim=1)  # the prompts alone
+    cache.sequences = torch.repeat_interleave(lengths).to(device)  # (T,)
+    cache.positions = ragged(torch.zeros_like(lengths), lengths).to(device)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    rows = torch.arange(len(prompts), device=device)
+    return model(tokens, cache.positions, branches, rows, cache=cache)
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -550,20 +564,12 @@ def generate(
     model.config.check_length(longest + max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
     stops = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
     cache = KVCache(model.config, len(prompts), longest + max_new_tokens)
-    cache.sequences = torch.repeat_interleave(lengths).to(device)  # (T,)
-    cache.positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    branches = torch.stack([starts, ends, ends, ends], dim=1)  # the prompts alone
-    rows = torch.arange(len(prompts), device=device)
-    logits = model(tokens, cache.positions, branches, rows, cache=cache)
-
+    logits = read_prompts(model, prompts, cache)
     step = torch.compile(model.forward) if compile else model
+    rows = torch.arange(len(prompts), device=device)
     cache.sequences = rows
-    cache.positions = lengths.to(device)
+    cache.positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
     steps, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     while True:
         tokens = sample_tokens(logits, temperature, top_k, top_p, generator)  # (B,)

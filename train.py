@@ -201,6 +201,7 @@ def check_settings(s: Settings, given: set[str]):
     builtin = {name for name in given if name.startswith("review_")}
     no_eval = s.data != "reviews" and not s.eval_data
     objective = {"beta", "label_smoothing", "alpha", "gamma"}
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     ignored = [  # settings, where they would be ignored, and why
         ({"tokenizer", *NEW_MODEL}, s.init_from, "--init_from brings its own"),
         ({"vocab_size"}, s.tokenizer, "--tokenizer brings its own"),
@@ -210,6 +211,7 @@ def check_settings(s: Settings, given: set[str]):
         ({"loss", "sft_weight", "learning_rate"} | objective, s.epochs == 0, "--epochs is 0"),
         ({"sft_data"}, s.epochs == 0, "with --epochs=0 SFT trains on --data"),
         ({"weight_decay"}, s.optimizer == "rmsprop", "rmsprop here has none"),
+        ({"defer_reduce"}, alone, "there is only one process"),
         ({"eval_every"}, no_eval, "there is no --eval_data"),
         (objective - dpo.needs(s.loss), True, f"--loss={s.loss} does not use it"),
         ({"sft_weight"}, s.loss == "sft", "--loss=sft is that term alone"),

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -216,10 +217,13 @@ def steps(args):
             run = lambda name, ladders=ladders: [steps[name]() for steps in ladders]
             actions = {name: (lambda name=name, run=run: run(name)) for name in ladders[0]}
             seconds = in_turn(actions, args.rounds, model.zero_grad)
-            pairs = len(trees) / statistics.median(seconds["shared prompt"])
+            median, work = statistics.median(seconds["shared prompt"]), data.to_arrays(trees).work()
+            pairs, tokens = len(trees) / median, work[:, 0].sum() / median
+            speed = 3 * model.flops(*work.sum(0)) / median / 1e12  # MFU is this by the peak
             flops = arithmetic(trees, blocks, model)
             print(f"{'bf16' if bf16 else 'float32'} {case}: {pairs:.2f} pairs per second", end="")
-            print(f"{' of CPU time' if DEVICE.type == 'cpu' else ''}, arithmetic {flops}")
+            print(f"{' of CPU time' if DEVICE.type == 'cpu' else ''}, ", end="")
+            print(f"{tokens:,.0f} tokens, {speed:.3f} TFLOP; arithmetic {flops}")
             for name in list(seconds)[1:]:
                 print(f"    {name:20} {ratio(seconds, 'standard', name)}", flush=True)
     if not bf16_is_native():
@@ -260,7 +264,6 @@ class Tracker(TorchDispatchMode):
     def watch(self, storage):
         key = storage._cdata
         if key not in self.seen and (size := storage.nbytes()):
-            import weakref
 
             def forget():
                 self.live -= size
@@ -314,9 +317,7 @@ def memory(args):
 
 
 def growth(args):
-    print(
-        "\nSeconds of a step (reference cached) as one size doubles, from 4 pairs of 192:64, V = 32,000, width 512"
-    )
+    print("\nSeconds of a step, reference cached, as one size doubles")
     base = {"prompt": 192, "response": 64, "pairs": 4, "vocabulary": 32000, "width": 512}
     for size, value in base.items():
         actions = {}

@@ -15,7 +15,7 @@ from conftest import ROOT, SHAPES, make_model, read_metrics, run_script, write_j
 import data
 import dpo
 import train
-from model import load_pretrained, save_pretrained
+from model import ModelConfig, Transformer, load_pretrained, save_pretrained
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -121,7 +121,7 @@ def test_several_ranks_equal_one(ranks, flags, tmp_path):
     flags += ["--grad_clip=0.05", "--review_pairs=25", "--eval_every=3", "--max_steps=4",
              "--review_demonstrations=25", "--weight_decay=0.1", "--dtype=float32",
              "--learning_rate=3e-3", "--review_samples=0"]  # fmt: skip
-    train_here(tmp_path / "one", *flags)
+    train_here(tmp_path / "one", *(flag for flag in flags if "defer_reduce" not in flag))
     run_script("train.py", *TINY, *flags, f"--out_dir={tmp_path / 'many'}", ranks=ranks)
     one, many = (without_rates(read_metrics(tmp_path / name)) for name in ("one", "many"))
     assert len(one) == len(many) > 6
@@ -387,6 +387,7 @@ def test_sft_alone(tmp_path):
     ("--hidden_size=30", "multiple of twice --num_heads"),
     ("--loss=ipo --label_smoothing=0.1", "--label_smoothing would be ignored: --loss=ipo"),
     ("--loss=slic --beta=1", "--beta would be ignored: --loss=slic does not use it"),
+    ("--defer_reduce=false", "--defer_reduce would be ignored: there is only one process"),
     ("--alpha=1", "--alpha would be ignored: --loss=dpo does not use it"),
     ("--loss=rdpo --gamma=1", "--gamma would be ignored: --loss=rdpo does not use it"),
     ("--loss=exo --label_smoothing=0", "--label_smoothing must be greater than 0 for --loss=exo"),
@@ -467,6 +468,20 @@ def test_what_the_pairs_must_bring(tmp_path):
             '{"stage": "dpo", "step": 0}'
         )
         run("--loss=odpo", "--resume")
+
+
+def test_mfu_is_counted_operations_by_what_the_gpu_can_do(tmp_path, monkeypatch):
+    run = train.Run(train.parse_settings(["--dtype=bfloat16", f"--out_dir={tmp_path}"]))
+    model, work = Transformer(ModelConfig(97, 32, 64, 2, 4, 4, 8)), np.array([100.0, 40.0, 900.0])
+    assert train.utilization(model, work, 2.0, run) == {}, "of a CPU it is not known"
+    run.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    block, keys = 4 * 32 * 32 + 3 * 32 * 64, 2 * 32 * 32
+    forward = 2 * ((block + keys) * 100 + (block - keys + 97 * 32) * 40) + 4 * 2 * 32 * 900
+    expected = {"mfu": pytest.approx(3 * forward / (2 * 989e12))}
+    assert train.utilization(model, work, 2.0, run) == expected
+    run.dtype = "float32"
+    assert train.utilization(model, work, 2.0, run) == {}
 
 
 def test_a_loss_brings_its_own_defaults():
