@@ -1,24 +1,23 @@
 """Use a trained checkpoint: sample, chat, compare, draw candidates, and score as a reward model.
 
     python sample.py out/mine --prompt "Review of the new film Amber:"
-    python sample.py out/mine --chat
-    python sample.py out/mine --compare=REF --prompt "…" --n=3        side by side
+    python sample.py out/mine --compare=REF --prompt "…" --n=3         side by side
+    python sample.py out/mine --chat                                   by its own template
+    python sample.py out/mine --compare=REF --score=pairs.jsonl        implicit rewards, accuracy
     python sample.py out/mine --prompts=prompts.jsonl --n=4 --out=candidates.jsonl
-    python sample.py out/mine --compare=REF --score=pairs.jsonl       implicit rewards, accuracy
-    python sample.py out/mine --compare=REF --prompts=… --best_of=8   the best by implicit reward
-    python sample.py out/mine --compare=REF --prompts=… --kl          KL(π‖π_ref)
+    python sample.py out/mine --compare=REF --prompts=… --best_of=8    the best by implicit reward
+    python sample.py out/mine --compare=REF --prompts=… --kl           KL(π‖π_ref)
 
-REF is the reference: the checkpoint that DPO started from (out/mine/reference/sft, if it was made
-there). The implicit reward of a response is β·log(π(y|x)/π_ref(y|x)) (Rafailov et al., Eq. 5).
+REF is the reference: the checkpoint that DPO started from (out/mine/sft, if it was made there).
+Shapes: B sequences, t new tokens of each, else as in model.py.
 """
 
 import argparse
 import contextlib
 import itertools
-import json
-import math
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +25,152 @@ import torch
 
 import data
 import dpo
-from model import CheckpointError, Transformer, generate, load_pretrained
+from model import CheckpointError, Transformer, load_pretrained
 
 
-class UsageError(ValueError):
-    """Arguments that cannot be used; the message is one sentence for the user."""
+def sample_tokens(logits, generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    """One token id of each row of (B, V) logits: temperature, then top-k, then top-p (nucleus)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # those before it suffice
+        probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered)
+    # Where a uniform number falls among the summed probabilities: far faster than multinomial.
+    sums = probabilities.cumsum(-1)
+    drawn = torch.rand(len(sums), 1, device=sums.device, generator=generator).clamp(max=1 - 1e-6)
+    return torch.searchsorted(sums, drawn * sums[:, -1:], right=True).squeeze(1)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(message)
+@torch.no_grad()
+def generate(
+    model, prompts: list, max_new_tokens: int, eos_id, seed=0, on_token=None, compile=False, **shape
+) -> list[list[int]]:
+    """Sample one continuation of every prompt; temperature 0 is greedy.
+
+    prompts: token ids, at least one each, of any lengths. eos_id: one id or several. on_token: is
+    called with the B ids of every step. compile: each step as one graph. shape: temperature, top_k
+    and top_p of `sample_tokens`. Returns the new ids of each, ending in an `eos_id` unless cut off
+    at max_new_tokens. Raises CheckpointError beyond a sliding window.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
+    window = model.config.sliding_window
+    if window and size > window:
+        raise CheckpointError(f"{size} tokens are more than the sliding window of {window}")
+    generator = torch.Generator(device).manual_seed(seed)
+    stops = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    next_logits, new = partial(run_again, model, [*prompts]), []
+    with contextlib.suppress(ImportError):
+        from extra.cache import KVCache  # keys and values are kept
+
+        next_logits = KVCache(model, prompts, size, compile)
+    while len(new) < max_new_tokens and not ended.all():
+        logits = next_logits(new[-1] if new else None)  # (B, V)
+        new.append(sample_tokens(logits, generator, **shape))  # (B,)
+        if on_token:
+            on_token(new[-1].tolist())
+        ended |= torch.isin(new[-1], stops)
+    new = torch.stack(new, dim=1)  # (B, steps); a sequence that has ended ran on until all have
+    before_stop = (torch.isin(new, stops).cumsum(1) == 0).sum(1).tolist()
+    return [ids[: n + 1] for ids, n in zip(new.tolist(), before_stop)]
+
+
+def run_again(model, sequences: list[list[int]], new: torch.Tensor | None) -> torch.Tensor:
+    """The logits, (B, V), of what follows the sequences, to which the new tokens, (B,), are added:
+    all of them run again, as one packed stream in which each is a prompt."""
+    for i in range(len(sequences) * (new is not None)):
+        sequences[i] = [*sequences[i], int(new[i])]
+    sizes = torch.tensor(list(map(len, sequences)))
+    ends, zero = sizes.cumsum(0), torch.zeros_like(sizes)
+    segments = torch.stack([zero, zero, ends - sizes, sizes], dim=1)  # (B, 4)
+    tokens = torch.tensor([i for ids in sequences for i in ids])
+    positions = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    device = model.embed_tokens.weight.device
+    return model(tokens.to(device), positions.to(device), segments, rows=ends.to(device) - 1)
+
+
+def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
+    model = load_pretrained(directory).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model, data.find_tokenizer(directory)
+
+
+def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options) -> list:
+    """[prompt, response] as ids: one sample for each prompt, text or conversation; see `generate`.
+
+    In blocks whose cached keys and values stay within 4 GiB.
+    """
+    if tokenizer is None:
+        raise data.DataError("sampling needs a tokenizer.model in the checkpoint")
+    encoded = [data.token_ids(data.Example(p, ()), tokenizer)[0] for p in prompts]
+    stops = {tokenizer.eos_id}
+    if any(map(data.is_turns, prompts)):
+        from extra.chat import stop_ids
+
+        stops = stop_ids(tokenizer)
+    c, longest = model.config, max(map(len, encoded)) + max_new_tokens
+    per_token = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes, float32
+    size, new = min(1000, max(1, 2**32 // (per_token * longest))), []
+    for first in range(0, len(encoded), size):
+        block, seed = encoded[first : first + size], seed + 1
+        new += generate(model, block, max_new_tokens, stops, seed=seed, **options)
+    return [list(tree) for tree in zip(encoded, new)]
+
+
+def response_logps(model, dataset: data.Dataset) -> np.ndarray:
+    """log π(y|x) of every response of a data set, (responses,) in nats."""
+    device = model.embed_tokens.weight.device
+    [plan] = data.pack(dataset.lengths(), np.arange(len(dataset)), 8192, 1)
+    batches = (data.collate(dataset, examples).to(device) for examples in plan)
+    return dpo.reference_logps(model, batches, dataset.responses()).numpy()
+
+
+def implicit_rewards(policy, reference, trees: list, beta: float) -> list[np.ndarray]:
+    """β·log(π/π_ref) (Eq. 5) of the responses of each tree of token ids, (responses,) each."""
+    dataset = data.to_dataset(trees)
+    ratios = response_logps(policy, dataset) - response_logps(reference, dataset)
+    return np.split(beta * ratios, np.cumsum([len(tree) - 1 for tree in trees])[:-1])
+
+
+def show(prompt, names: list[str], texts: list[str], width: int = 96):
+    """Print a prompt and its completions, side by side under their names if there are several."""
+    print(f"\n{prompt[-1]['content'] if data.is_turns(prompt) else prompt}")
+    if len(texts) == 1:
+        return print(texts[0])
+    column = width // len(names) - 2
+    cells = [textwrap.wrap(f"[{name}]{text}", column) for name, text in zip(names, texts)]
+    for row in itertools.zip_longest(*cells, fillvalue=""):
+        print("  ".join(cell.ljust(column) for cell in row).rstrip())
+
+
+def read_prompts(args) -> list:
+    """The prompts of --prompt and --prompts, n times each."""
+    found = data.read_examples(args.prompts, "prompts")
+    prompts = args.prompt + [example.prompt for _, example in found]
+    return [prompt for prompt in prompts for _ in range(args.best_of or args.n)]
+
+
+def complete(args, options: dict):
+    """Print completions, side by side with those of REF."""
+    prompts, columns = read_prompts(args), {}
+    for directory in filter(None, (args.checkpoint, args.compare)):
+        model, tokenizer = load(directory)
+        trees = draw(model, tokenizer, prompts, **options)
+        columns[directory] = [tokenizer.decode(ids, continuation=True) for _, ids in trees]
+    for prompt, *texts in zip(prompts, *columns.values()):
+        show(prompt, list(columns), texts)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    layout = argparse.RawTextHelpFormatter
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=layout)
+    layout = {"formatter_class": argparse.RawTextHelpFormatter, "usage": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     add = parser.add_argument
     add("checkpoint", help="directory with config.json, weights and tokenizer.model")
     add("--prompt", action="append", default=[], help="text to continue; may be given many times")
@@ -61,278 +191,29 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile: pays from thousands of tokens on")
     add("--seed", type=int, default=0, help="of the sampler (default 0)")
     args = parser.parse_args(arguments)
-    least = {"n": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "beta": 0}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            raise UsageError(f"--{name} must be at least {low}, and finite")
-    if not 0 < args.top_p <= 1:
-        raise UsageError("--top_p must be above 0 and at most 1")
-    for prompt in (*args.prompt, args.system):
-        data.check("--prompt", prompt)
-    refuse(args, {word.split("=")[0] for word in arguments if word.startswith("--")})
-    if args.out:
-        open(args.out, "a").close()  # now rather than after an hour of sampling
+    with contextlib.suppress(ImportError):
+        from extra.refusals import check_arguments
+
+        check_arguments(args, {w.split("=")[0][2:] for w in arguments if w.startswith("--")})
     return args
-
-
-def refuse(args, given: set[str]):
-    """Raise UsageError for a combination that lacks something, or would ignore something."""
-    prompts, greedy = bool(args.prompt or args.prompts), args.temperature == 0
-    shaped = {"--temperature", "--top_k", "--top_p"}
-    sampler = shaped | {"--max_new_tokens", "--seed", "--compile"}
-    if prompts + args.chat + bool(args.score) != 1:
-        raise UsageError("give --prompt or --prompts, or --chat, or --score")
-    if (args.score or args.best_of or args.kl) and not args.compare:
-        raise UsageError("rewards and KL are measured against a reference: name it with --compare")
-    ignored = [  # flags, where they would be ignored, and why
-        ({"--compare", "--n", "--out"}, args.chat, "--chat talks to one checkpoint"),
-        ({"--best_of", "--kl"}, not prompts, "they need prompts"),
-        ({"--n"} | sampler, args.score, "--score draws no samples"),
-        ({"--system"}, not args.chat, "it belongs to --chat"),
-        ({"--n"}, args.best_of, "--best_of says how many"),
-        ({"--beta"}, not (args.score or args.best_of), "nothing is scored"),
-        ({"--compare"}, args.out and not (args.score or args.best_of), "candidates come from one"),
-        (shaped | {"--best_of", "--out"}, args.kl, "--kl needs plain samples, and all of them"),
-        ({"--top_k", "--top_p", "--seed", "--n", "--best_of"}, greedy, "--temperature=0 is greedy"),
-    ]
-    for flags, applies, reason in ignored:
-        if applies and flags & given:
-            raise UsageError(f"{min(flags & given)} would be ignored: {reason}")
-
-
-def options(args) -> dict:
-    """What the arguments say to the sampler."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compile")
-    return {name: getattr(args, name) for name in names}
-
-
-def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
-    """A checkpoint; without tokenizer.model (None) it can only --score token ids."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_pretrained(directory).to(device).eval()
-    path = Path(directory) / "tokenizer.model"
-    tokenizer = data.Tokenizer(path) if path.exists() else None
-    if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(f"{directory}: its tokenizer has more pieces than the model")
-    return model, tokenizer
-
-
-def load_both(args) -> tuple[Transformer, Transformer, data.Tokenizer | None]:
-    """Policy, reference and the tokenizer that they must share."""
-    (policy, tokenizer), (reference, other) = load(args.checkpoint), load(args.compare)
-    same = policy.config.vocab_size == reference.config.vocab_size
-    if not same or (tokenizer and other and tokenizer.proto != other.proto):
-        raise UsageError(f"{args.compare}: the reference has another tokenizer or vocabulary")
-    return policy, reference, tokenizer
-
-
-class Stream:
-    """Prints one completion as it is sampled; holds back bytes that are not yet a character."""
-
-    def __init__(self, tokenizer: data.Tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
-
-    def __call__(self, new: list[int]):
-        self.ids += new
-        text = self.tokenizer.decode(self.ids, continuation=True).rstrip("\ufffd")
-        print(text[self.shown :], end="", flush=True)
-        self.shown = max(self.shown, len(text))
-
-
-def draw(
-    model, tokenizer, prompts: list, max_new_tokens: int = 256, seed: int = 0, **options
-) -> list[list[list[int]]]:
-    """[prompt, response] as ids: one sample for each prompt, text or conversation; see `generate`.
-
-    In blocks whose cached keys and values stay within 4 GiB.
-    """
-    if tokenizer is None:
-        raise UsageError("sampling needs a tokenizer.model in the checkpoint")
-    encoded = tokenizer.encode_prompts(prompts)
-    stops = set().union(*map(tokenizer.stop_ids, prompts))
-    c, longest = model.config, max(map(len, encoded)) + max_new_tokens
-    per_token = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes, float32
-    size = min(1000, max(1, 2**32 // (per_token * longest)))
-    new = []
-    for number, first in enumerate(range(0, len(encoded), size), 1):
-        block = encoded[first : first + size]
-        new += generate(model, block, max_new_tokens, stops, seed=seed + number, **options)
-    return [list(tree) for tree in zip(encoded, new)]
-
-
-def text_of(tokenizer, prompt, ids: list[int]) -> str | list[int]:
-    """The response as text, in a conversation without the template's space around it; to a prompt
-    of token ids as ids."""
-    if isinstance(prompt, list) and not data.is_turns(prompt):
-        return ids
-    text = tokenizer.decode(ids, continuation=True)
-    return text.strip() if data.is_turns(prompt) else text
-
-
-def response_logps(model, dataset: data.Dataset) -> np.ndarray:
-    """log π(y|x) of every response of a data set, (responses,) in nats."""
-    lengths, device = dataset.lengths(), model.embed_tokens.weight.device
-    [[plan]] = data.plan_epoch(lengths, len(lengths), 8192, 1)
-    batches = (data.collate(dataset, examples).to(device) for examples in plan)
-    return dpo.reference_logps(model, batches, len(dataset.response_lengths()))[0].numpy()
-
-
-def implicit_rewards(args, policy, reference, trees: list) -> list[np.ndarray]:
-    """β·log(π/π_ref) of the responses of each tree of token ids, (responses,) each."""
-    beta = args.beta
-    if beta is None:
-        path = Path(args.checkpoint) / "run.json"
-        try:
-            beta = json.loads(path.read_text())["settings"]["beta"] if path.is_file() else 0.1
-        except (ValueError, LookupError, TypeError):
-            raise UsageError(f"{path}: no β can be read from it: give --beta") from None
-    policy.config.check_length(max(len(tree[0]) + max(map(len, tree[1:])) for tree in trees))
-    dataset = data.to_arrays(trees)
-    ratios = response_logps(policy, dataset) - response_logps(reference, dataset)
-    return np.split(beta * ratios, np.cumsum([len(tree) - 1 for tree in trees])[:-1])
-
-
-def measure_kl(policy, reference, trees: list) -> np.ndarray:
-    """Rao–Blackwell KL(π‖π_ref) of each sampled response, (N,) in nats."""
-    dataset = data.to_arrays(trees)
-    device = policy.embed_tokens.weight.device
-    kl = np.zeros(len(trees))
-    for [micro_batches] in data.plan_epoch(dataset.lengths(), 256, 4096, 1):
-        for examples in micro_batches:
-            batch = data.collate(dataset, examples).to(device)
-            kl[examples] = dpo.sequence_kl(policy, reference, batch).cpu()
-    return kl
-
-
-def show(prompt, names: list[str], texts: list[str], width: int = 96):
-    """Print a prompt and its completions, side by side under their names if there are several."""
-    print(f"\n{prompt[-1]['content'] if data.is_turns(prompt) else prompt}")
-    if len(texts) == 1:
-        return print(texts[0])
-    column = width // len(names) - 2
-    cells = [textwrap.wrap(f"[{name}]{text}", column) for name, text in zip(names, texts)]
-    for row in itertools.zip_longest(*cells, fillvalue=""):
-        print("  ".join(cell.ljust(column) for cell in row).rstrip())
-
-
-def write(args, rows: list[dict]):
-    with open(args.out, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    print(f"wrote {len(rows):,} lines to {args.out}")
-
-
-def read_prompts(args) -> list:
-    """The prompts of --prompt and --prompts, n times each."""
-    formats = data.PREFERENCES + data.DEMONSTRATIONS + data.PLAIN_TEXT + data.CANDIDATES
-    found = data.read_examples(args.prompts, formats)
-    prompts = args.prompt + [example.prompt for _, example in found]
-    return [prompt for prompt in prompts for _ in range(args.best_of or args.n)]
-
-
-def candidates(prompts: list, texts: list[str], n: int) -> list[dict]:
-    """A row for each prompt, with its n candidates."""
-    starts = range(0, len(prompts), n)
-    return [{"prompt": prompts[i], "candidates": texts[i : i + n]} for i in starts]
-
-
-def complete(args):
-    """Print completions, streamed if there is one, side by side with REF; or write them."""
-    prompts, columns = read_prompts(args), {}
-    for directory in filter(None, (args.checkpoint, args.compare)):
-        model, tokenizer = load(directory)
-        if len(prompts) == 1 and not (args.compare or args.out):
-            print(prompts[0] if args.prompt else "", end="", flush=True)
-            draw(model, tokenizer, prompts, **options(args), on_token=Stream(tokenizer))
-            return print()
-        trees = draw(model, tokenizer, prompts, **options(args))
-        columns[directory] = [text_of(tokenizer, p, ids) for p, (_, ids) in zip(prompts, trees)]
-    if args.out:
-        return write(args, candidates(prompts, columns[args.checkpoint], args.n))
-    for prompt, *texts in zip(prompts, *columns.values()):
-        show(prompt, list(columns), texts)
-    return None
-
-
-def best_of(args):
-    """Draw N responses of each prompt and print, or write, the best by implicit reward."""
-    policy, reference, tokenizer = load_both(args)
-    prompts, n = read_prompts(args), args.best_of
-    trees = draw(policy, tokenizer, prompts, **options(args))
-    rewards = np.concatenate(implicit_rewards(args, policy, reference, trees))
-    texts = [text_of(tokenizer, p, ids) for p, (_, ids) in zip(prompts, trees)]
-    rows = candidates(prompts, texts, n)
-    for row, scores in zip(rows, rewards.reshape(-1, n)):
-        row |= {"rewards": scores.tolist(), "response": row["candidates"][scores.argmax()]}
-        if not args.out:
-            show(row["prompt"], [], [f"{row['response']}   (reward {scores.max():.3f})"])
-    if args.out:
-        write(args, rows)
-
-
-def estimate_kl(args):
-    """KL(π‖π_ref) from samples of the policy, and its standard error."""
-    policy, reference, tokenizer = load_both(args)
-    trees = draw(policy, tokenizer, read_prompts(args), **options(args))
-    kl = measure_kl(policy, reference, trees)
-    error = kl.std(ddof=1) / len(kl) ** 0.5 if len(kl) > 1 else float("nan")
-    print(f"KL(π‖π_ref) {kl.mean():.4f} ± {error:.4f} nats per response, {len(kl):,} samples")
-
-
-def score(args):
-    """Implicit rewards of the responses in a file. Of preferences also their accuracy; candidates
-    are written as a ranking, best first, which train.py takes as --data."""
-    policy, reference, tokenizer = load_both(args)
-    formats = data.PREFERENCES + data.CANDIDATES[:1] + data.DEMONSTRATIONS + data.PLAIN_TEXT
-    rows, examples = zip(*data.read_examples(args.score, formats))
-    trees = data.encode_block(examples, tokenizer)
-    rewards = implicit_rewards(args, policy, reference, trees)
-    print(f"{sum(map(len, rewards)):,} responses, mean reward {np.concatenate(rewards).mean():.4f}")
-    ranked = [r for r, row in zip(rewards, rows) if "candidates" not in row and len(r) > 1]
-    if ranked:
-        wins = lambda r: np.mean([a > b for a, b in itertools.combinations(r, 2)])
-        right = np.array(list(map(wins, ranked)))
-        margin, error = np.mean([r[0] - r[-1] for r in ranked]), right.std() / len(right) ** 0.5
-        print(
-            f"accuracy {right.mean():.1%} ± {error:.1%} of {len(right):,}, mean margin {margin:.4f}"
-        )
-    for row, scores in zip(rows, rewards):
-        if "candidates" in row:
-            order, drawn = np.argsort(-scores), row.pop("candidates")
-            row["responses"], scores = [drawn[i] for i in order], scores[order]
-        row["rewards"] = scores.tolist()
-    if args.out:
-        write(args, rows)
-
-
-def chat(args):
-    """Talk until the end of input; the conversation is rendered as training rendered it."""
-    model, tokenizer = load(args.checkpoint)
-    turns = [{"role": "system", "content": args.system}] if args.system else []
-    while True:
-        try:
-            text = input("\n> ")
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        data.check("your turn", text)
-        turns.append({"role": "user", "content": text})
-        stream = Stream(tokenizer)
-        [[_, ids]] = draw(model, tokenizer, [turns], **options(args), on_token=stream)
-        turns.append({"role": "assistant", "content": text_of(tokenizer, turns, ids)})
 
 
 def main():
     try:
         args = parse_arguments(sys.argv[1:])
-        modes = {chat: args.chat, score: args.score, best_of: args.best_of, estimate_kl: args.kl}
-        command = next((mode for mode, given in modes.items() if given), complete)
+        command = complete
+        if args.chat:
+            from extra.chat import talk as command
+        elif args.score or args.best_of or args.kl or args.out:
+            from extra.reward import run as command
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compile")
         cuda = torch.cuda.is_available()
         with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
-            command(args)
+            command(args, {name: getattr(args, name) for name in names})
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UsageError, data.DataError, CheckpointError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+    except (data.DataError, CheckpointError, OSError) as error:
+        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

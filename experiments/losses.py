@@ -25,7 +25,6 @@ rdpo --beta=1
 odpo --beta=3
 exo --beta=1 --label_smoothing=0.1
 discopop --beta=1
-aot --beta=3
 ipo_norm --beta=2
 dpo_norm --beta=10
 dpop --beta=0.1 --alpha=1
@@ -46,7 +45,6 @@ orpo --beta=3
 slic --alpha=0.5
 unlikelihood --alpha=0.6
 sft
-plackett_luce --beta=1
 dpo --beta=0.5 --sft_weight=1
 """
 
@@ -59,14 +57,23 @@ def main():
     parser.add_argument("--base", default="out/reviews", help="the run with the SFT model")
     parser.add_argument("--count", type=int, default=5000, help="samples of each (default 5000)")
     args = parser.parse_args()
-    start = Path(args.base, "reference", "sft")
+    base = Path(args.base)
+    files = [
+        f"--{name}={base / file}.jsonl" for name, file in (("data", "pairs"), ("eval_data", "eval"))
+    ]
+    rest = [
+        "--batch_size=32",
+        "--learning_rate=2e-4",
+        "--sft_epochs=0",
+    ]  # as the experiment has them
+    start = base / "sft"
     print("| loss and settings | KL | true reward | share of R\\*(KL) | accepted |")
     print("|---|---|---|---|---|")
     for line in args.settings or SETTINGS.splitlines():
         loss, *flags = line.split()
-        out = Path(args.base).parent / "losses" / line.replace(" --", "-").replace("=", "")
-        fixed = ["--sft_epochs=0", "--review_samples=0", f"--init_from={start}", f"--out_dir={out}"]
-        command = [sys.executable, ROOT / "train.py", f"--loss={loss}", *flags, *fixed]
+        out = base.parent / "losses" / line.replace(" --", "-").replace("=", "")
+        fixed = [*files, *rest, f"--init_from={start}", f"--out_dir={out}"]
+        command = [sys.executable, ROOT / "train.py", f"--loss={loss}", *fixed, *flags]
         if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
             sys.exit(2)  # its sentence stands above
         m = measure(out, start, args.count)

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-from model import ModelConfig, Transformer, fill, random_weights, save_pretrained
+from model import ModelConfig, Transformer, save_pretrained
 
 SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key-value heads
     "tiny": (1000, 64, 176, 2, 4, 2),
@@ -23,21 +23,19 @@ SHAPES = {  # vocabulary, width, feed-forward, layers, heads, key-value heads
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory")
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--texts", required=True, help="a preference file to train a tokenizer on")
     args = parser.parse_args()
     vocab, width, feed_forward, layers, heads, kv_heads = SHAPES[args.shape]
-    examples = data.read_preferences(args.texts)
-    texts = [text for example in examples for text in data.texts(example)]
-    tokenizer = data.Tokenizer.train(texts, Path(args.directory) / "tokenizer.model", vocab)
-    tokenizer.save(args.directory)
+    args.directory.mkdir(parents=True, exist_ok=True)
+    data.Tokenizer.train(data.read_preferences(args.texts), args.directory, vocab)
+    tokenizer = data.Tokenizer(args.directory)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     shape = vocab, width, feed_forward, layers, heads, kv_heads, width // heads
-    with torch.device("meta"):
+    with torch.device("meta"):  # not drawn twice
         model = Transformer(ModelConfig(*shape, max_position_embeddings=4096, **ids))
-    model.to_empty(device="cpu")
-    fill(model, random_weights(model, seed=0))
+    model.to_empty(device="cpu").init_weights(0)
     save_pretrained(model, args.directory)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.directory}")
 

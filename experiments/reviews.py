@@ -7,17 +7,22 @@ probabilities below. Its true reward is the sum of its adverbs' and adjectives' 
 probability of a review, the entropy and the optimal policy are sums over small tables, and a run
 can be told how much of what is possible it reached. `python train.py` trains on it and ends with
 
-    python experiments/reviews.py report out/reviews out/reviews/reference/sft
+    python experiments/reviews.py report out/reviews out/reviews/sft
 
-and responses that sample.py wrote are labelled, Bradley-Terry with the true reward, by
+responses that sample.py wrote are labelled, Bradley-Terry with the true reward, by
 
     python experiments/reviews.py label candidates.jsonl pairs.jsonl
+
+and files of another size, or with labels that are always right, are written by
+
+    python experiments/reviews.py write DIR --pairs=20000 --deterministic
 """
 
 import argparse
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -28,7 +33,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 from model import CheckpointError
-from sample import draw, load, measure_kl, response_logps, show
+from extra.reward import measure_kl
+from sample import draw, load, response_logps, show
+
+# What the built-in experiment changes, where the command line does not: a small model from nothing.
+SETTINGS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
+DEMONSTRATIONS, PAIRS, SAMPLES = 60_000, 6_000, 5_000  # for SFT, for DPO, of the report
 
 KINDS = {  # what is reviewed: the aspects of a first, second and third clause
     "film": ("plot story", "cast lead director", "music pace ending"),
@@ -184,14 +194,15 @@ def measure(checkpoint: str, other: str, count: int) -> dict:
         accepted = np.isfinite(rewards) & ended
         rewards = np.where(accepted, rewards, 0.0)
         found[name] = {"texts": texts, "grammar": logps, "rewards": rewards, "accepted": accepted}
-        found[name]["logps"] = response_logps(model, data.to_arrays(trees))
+        found[name]["logps"] = response_logps(model, data.to_dataset(trees))
     found["KL"] = measure_kl(policy, reference, trees)
 
     held_out = min(count, 2000)
-    written = data.encode_examples(grammar.demonstrations(held_out, "eval"), tokenizer, 512, 256)
-    loss = -response_logps(reference, written).sum() / written.response_lengths().sum()
-    entropy = grammar.entropy() / written.response_lengths().mean()
-    pairs = data.encode_examples(grammar.preferences(held_out, "eval"), tokenizer, 512, 256)
+    written, _ = data.encode(grammar.demonstrations(held_out, "eval"), tokenizer, 512, 256)
+    tokens = written.targets(np.arange(len(written)))
+    loss = -response_logps(reference, written).sum() / tokens
+    entropy = grammar.entropy() / (tokens / len(written))
+    pairs, _ = data.encode(grammar.preferences(held_out, "eval"), tokenizer, 512, 256)
     ratios = response_logps(policy, pairs) - response_logps(reference, pairs)  # w l w l …
     accuracy = (ratios[::2] > ratios[1::2]).mean()
 
@@ -208,8 +219,9 @@ def error(values: np.ndarray) -> float:
     return values.std(ddof=1) / len(values) ** 0.5
 
 
-def report(checkpoint: str, other: str, count: int):
+def report(checkpoint: str, other: str, count: int | None = None):
     """Print what `measure` finds, and a few samples."""
+    count = SAMPLES if count is None else count
     m = measure(checkpoint, other, count)
     sft, dpo = m["SFT"], m["DPO"]
     show_mean = lambda values: f"{values.mean():.3f} ± {error(values):.3f}"
@@ -227,14 +239,21 @@ def report(checkpoint: str, other: str, count: int):
         show(m["prompts"][i], ["SFT", "DPO"], [sft["texts"][i], dpo["texts"][i]])
 
 
-def write_files(out: Path, seed: int, demonstrations: int, pairs: int, deterministic: bool):
-    """Write the files that train.py trains on: pairs.jsonl, eval.jsonl, sft.jsonl."""
+def write(
+    out: Path,
+    seed: int = 0,
+    demonstrations: int = DEMONSTRATIONS,
+    pairs: int = PAIRS,
+    deterministic: bool = False,
+) -> tuple[str, str, str]:
+    """Write the files that train.py trains on; the paths of pairs, of held-out ones, for SFT."""
     grammar = Reviews(seed)
     files = {
         "pairs": grammar.preferences(pairs, "train", deterministic),
         "eval": grammar.preferences(min(1000, 2 * pairs), "eval", deterministic),
         "sft": grammar.demonstrations(demonstrations, "train"),
     }
+    out.mkdir(parents=True, exist_ok=True)
     for name, examples in files.items():
         names = ("prompt", "response") if name == "sft" else ("prompt", "chosen", "rejected")
         rows = [dict(zip(names, (e.prompt, *e.responses))) for e in examples]
@@ -243,6 +262,34 @@ def write_files(out: Path, seed: int, demonstrations: int, pairs: int, determini
             rows = [row | {"margin": round(w - r, 6)} for row, (w, r) in zip(rows, rewards)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return tuple(str(out / f"{name}.jsonl") for name in files)
+
+
+def run_experiment(arguments: list[str]):
+    """What `python train.py` does without --data: write the files, train on them, report."""
+    import train
+
+    own = ("--eval_data", "--sft_data")
+    arguments = [word for word in arguments if word != "--data=reviews"]
+    for word in arguments:
+        if word.split("=")[0] in own:
+            sys.exit(f"train.py: {word.split('=')[0]} would be ignored: reviews brings its own")
+    given = {word.split("=")[0][2:] for word in arguments}
+    preset = [f"--{name}={value}" for name, value in SETTINGS.items() if name not in given]
+    out = "--out_dir=out/reviews"
+    settings = train.parse_settings(["--data=later", "--eval_data=later", out, *arguments])
+    if settings.beta != train.Settings.beta:  # that of --loss, or of the run that is resumed
+        preset = [word for word in preset if not word.startswith("--beta=")]
+    out = Path(settings.out_dir)
+    if os.environ.get("RANK", "0") == "0" and not settings.resume:
+        write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
+    files = {"data": "pairs", "eval_data": "eval"}
+    if settings.sft_epochs:
+        files["sft_data"] = "sft"
+    files = [f"--{name}={out / file}.jsonl" for name, file in files.items()]
+    train.main([*preset, *files, f"--out_dir={out}", *arguments])
+    if os.environ.get("RANK", "0") == "0" and settings.epochs:
+        report(out, out / "sft" if settings.sft_epochs else settings.init_from)
 
 
 def label(candidates: str, out: str):
@@ -250,18 +297,15 @@ def label(candidates: str, out: str):
     that the grammar cannot write is worse than any that it can."""
     grammar, rng, count = Reviews(), np.random.default_rng(0), 0
     with open(out, "w", encoding="utf-8") as file:
-        for _, row in data.read_jsonl(candidates):
-            texts = row["candidates"]
+        for _, row in data.read_jsonl(str(candidates)):
+            prompt, texts = row["prompt"], row["candidates"]
             for a, b in zip(texts[::2], texts[1::2]):
-                rewards = [
-                    np.nan_to_num(grammar.score(row["prompt"], y)[1], nan=-9) for y in (a, b)
-                ]
-                if a != b and rewards[0] - rewards[1] + rng.logistic() < 0:
+                better, worse = (np.nan_to_num(grammar.score(prompt, y)[1], nan=-9) for y in (a, b))
+                if a != b and better - worse + rng.logistic() < 0:
                     a, b = b, a
                 if a != b:
-                    file.write(
-                        json.dumps({"prompt": row["prompt"], "chosen": a, "rejected": b}) + "\n"
-                    )
+                    pair = {"prompt": prompt, "chosen": a, "rejected": b}
+                    file.write(json.dumps(pair) + "\n")
                     count += 1
     print(f"{count:,} labelled pairs in {out}")
 
@@ -277,6 +321,11 @@ def main():
     reporting.add_argument("checkpoint")
     reporting.add_argument("reference")
     reporting.add_argument("--count", type=int, default=5000, help="samples (default 5000)")
+    writing = commands.add_parser("write", help="write the files that train.py trains on")
+    writing.add_argument("directory")
+    for name, count in (("seed", 0), ("demonstrations", DEMONSTRATIONS), ("pairs", PAIRS)):
+        writing.add_argument(f"--{name}", type=int, default=count, help=f"(default {count})")
+    writing.add_argument("--deterministic", action="store_true", help="label by the true reward")
     labelling = commands.add_parser("label", help="label candidates: pairs from sampled responses")
     labelling.add_argument("candidates")
     labelling.add_argument("out")
@@ -284,6 +333,9 @@ def main():
     try:
         if args.command == "report":
             report(args.checkpoint, args.reference, args.count)
+        elif args.command == "write":
+            sizes = args.seed, args.demonstrations, args.pairs
+            write(Path(args.directory), *sizes, args.deterministic)
         else:
             label(args.candidates, args.out)
     except (data.DataError, CheckpointError) as error:

@@ -8,6 +8,7 @@ Sections (without any all of them, about half an hour on two cores):
     plan       planning and packing an epoch of a million pairs
     ranks      cost per pair of two FSDP processes against one
     start      seconds until --help
+    startup    encoding 100,000 pairs of text at a first start, and finding them again
 
 The standard step pads 2B whole sequences to the longest, computes the prompt twice, the logits of
 every position, their log-softmax, and a forward of the reference. Both sides have the same weights,
@@ -18,6 +19,7 @@ same on both sides, is left out.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -28,6 +30,7 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -46,7 +49,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import data  # noqa: E402
 import dpo  # noqa: E402
-from model import ModelConfig, Transformer, generate, rotary, rotate, save_pretrained  # noqa: E402
+from model import ModelConfig, Transformer, rotary, rotate, save_pretrained  # noqa: E402
+from sample import generate  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
@@ -55,6 +59,38 @@ SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
 
 def new_model(vocab: int = 32000, dtype=torch.float32, **shape) -> Transformer:
     return Transformer(ModelConfig(vocab, **(SHAPE | shape))).init_weights(0).to(DEVICE, dtype)
+
+
+# Floating-point operations.
+
+
+def work(dataset: data.Dataset) -> tuple[int, int, int, int]:
+    """What a data set asks of the model: rows of the stream, targets, pairs of a row and one that
+    it sees, and those of them that responses ask for."""
+    sizes = np.diff(dataset.offsets)
+    is_prompt = np.zeros(len(sizes), bool)
+    is_prompt[dataset.trees[:-1]] = True
+    prompts = sizes[is_prompt] - 1  # rows: the last token opens the responses
+    own = sizes[~is_prompt]
+    before = np.repeat(prompts, np.diff(dataset.trees) - 1)  # of each response
+    asked = (own * before + own * (own + 1) // 2).sum()
+    seen = asked + (prompts * (prompts + 1) // 2).sum()
+    return tuple(map(int, (dataset.lengths().sum(), own.sum(), seen, asked)))
+
+
+def flops(config: ModelConfig, rows: int, targets: int, seen: int, asked: int) -> int:
+    """Of a forward pass; a backward pass is two of them.
+
+    Two for each row and weight of a matrix that it meets, the last layer and the head at the rows
+    that predict (keys and values at all), and four for each pair, layer and width of the heads.
+    """
+    c, width = config, config.num_attention_heads * config.head_dim
+    keys = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    block = 2 * c.hidden_size * width + keys + 3 * c.hidden_size * c.intermediate_size
+    every = (c.num_hidden_layers - 1) * block + keys
+    some = block - keys + c.vocab_size * c.hidden_size
+    attention = (c.num_hidden_layers - 1) * seen + asked
+    return 2 * (every * rows + some * targets) + 4 * width * attention
 
 
 # The standard step, plainly.
@@ -107,8 +143,9 @@ def make_step(logps_of, model, reference, bf16: bool):
                 with torch.no_grad():
                     ref = logps_of(reference)
         ref = torch.zeros_like(logps) + ref
-        pairs = (x for y in (logps, ref) for x in (y[::2], y[1::2]))
-        dpo.dpo(*pairs, beta=0.1).mean().backward()
+        nothing = torch.zeros_like(logps[::2])  # lengths and margins, which Eq. 7 does not ask for
+        pairs = dpo.Pairs(logps[::2], logps[1::2], ref[::2], ref[1::2], nothing, nothing, nothing)
+        dpo.dpo(pairs, beta=0.1).mean().backward()
         return logps
 
     return step
@@ -130,7 +167,7 @@ def unpacked(trees: list) -> list:
 
 
 def our_logps(trees: list):
-    dataset = data.to_arrays(trees)
+    dataset = data.to_dataset(trees)
 
     def logps(model):
         batch = data.collate(dataset, np.arange(len(dataset))).to(DEVICE)
@@ -217,26 +254,26 @@ def steps(args):
             run = lambda name, ladders=ladders: [steps[name]() for steps in ladders]
             actions = {name: (lambda name=name, run=run: run(name)) for name in ladders[0]}
             seconds = in_turn(actions, args.rounds, model.zero_grad)
-            median, work = statistics.median(seconds["shared prompt"]), data.to_arrays(trees).work()
-            pairs, tokens = len(trees) / median, work[:, 0].sum() / median
-            speed = 3 * model.flops(*work.sum(0)) / median / 1e12  # MFU is this by the peak
-            flops = arithmetic(trees, blocks, model)
+            median, asks = statistics.median(seconds["shared prompt"]), work(data.to_dataset(trees))
+            pairs, tokens = len(trees) / median, asks[0] / median
+            speed = 3 * flops(model.config, *asks) / median / 1e12  # MFU is this by the peak
             print(f"{'bf16' if bf16 else 'float32'} {case}: {pairs:.2f} pairs per second", end="")
             print(f"{' of CPU time' if DEVICE.type == 'cpu' else ''}, ", end="")
-            print(f"{tokens:,.0f} tokens, {speed:.3f} TFLOP; arithmetic {flops}")
+            print(f"{tokens:,.0f} tokens, {speed:.3f} TFLOP; ", end="")
+            print(f"arithmetic {arithmetic(trees, blocks, model.config)}")
             for name in list(seconds)[1:]:
                 print(f"    {name:20} {ratio(seconds, 'standard', name)}", flush=True)
     if not bf16_is_native():
         print("bf16: left out, as this CPU has no instructions for it")
 
 
-def arithmetic(trees: list, blocks: list, model) -> str:
+def arithmetic(trees: list, blocks: list, config: ModelConfig) -> str:
     """The ratio of floating-point operations, with the reference cached and live."""
-    count = lambda trees: model.flops(*data.to_arrays(trees).work().sum(0).tolist())
-    ours, standard = count(trees), 0
+    ours, standard = flops(config, *work(data.to_dataset(trees))), 0
     for block in blocks:
         rows, longest = 2 * len(block), max(len(t[0]) + max(map(len, t[1:])) for t in block)
-        standard += model.flops(rows * longest, rows * longest, rows * longest * (longest + 1) / 2)
+        seen = rows * longest * (longest + 1) // 2
+        standard += flops(config, rows * longest, rows * longest, seen, seen)
     return f"{4 * standard / (3 * ours):.2f}, live {standard / ours:.2f}"
 
 
@@ -373,7 +410,9 @@ def plan(args):
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(6, 0.6, 10**6), 16, 2048).astype(np.int64)
     begun, most, tokens = time.perf_counter(), 0, 0
-    for step in data.plan_epoch(lengths, 64, 16384, 8, (0, 0)):
+    order = data.order_of(0, len(lengths), seed=0)
+    for first in range(0, len(order), 64):
+        step = data.pack(lengths, order[first : first + 64], 16384, 8)
         loads = [lengths[examples].sum() for rank in step for examples in rank]
         most, tokens = most + len(loads) * max(loads), tokens + sum(loads)
     seconds = time.perf_counter() - begun
@@ -420,11 +459,6 @@ def ranks(args):
             "one": (1, [], ["--batch_size=24"]),
             "two that share nothing": (2, [], ["--batch_size=24"]),
             "FSDP": (1, launcher, ["--batch_size=48"]),
-            "FSDP, summed after each pass": (
-                1,
-                launcher,
-                ["--batch_size=48", "--defer_reduce=false"],
-            ),
         }
         for name, (copies, before, flags) in kinds.items():
             outs = [here / f"{name}{n}" / "out" for n in range(copies)]
@@ -442,7 +476,37 @@ def ranks(args):
             print(f"    {name}: {ratio(seconds, name, 'one')} times as long", flush=True)
 
 
-SECTIONS = {f.__name__: f for f in (steps, memory, growth, sampling, plan, ranks, start)}
+def startup(args):
+    """What a run does with its data before it has a model: a file of text, two limits."""
+    from extra.encoded import encode_once
+
+    count, rng = 100_000, np.random.default_rng(0)
+    words = np.array(
+        ["".join(rng.choice(list("etaoinshrdlu"), n)) for n in rng.integers(2, 9, 4000)]
+    )
+    text = lambda n: " ".join(words[rng.zipf(1.2, n) % len(words)])
+    with tempfile.TemporaryDirectory() as directory:
+        here, names = Path(directory), ("prompt", "chosen", "rejected")
+        rows = (dict(zip(names, map(text, (60, 40, 40)))) for _ in range(count))
+        with open(here / "pairs.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        examples = lambda: data.read_preferences(str(here / "pairs.jsonl"))
+        data.Tokenizer.train(itertools.islice(examples(), 1000), here, 2000)
+        tokenizer = data.Tokenizer(here)
+        run = SimpleNamespace(out=here, rank=0, point={}, wait=lambda: None)
+        seconds, found = [], []
+        for run.point in ({}, {"stage": "dpo"}):  # at a first start, and when resumed
+            begun = time.perf_counter()
+            dataset, _ = encode_once(run, "pairs", examples(), tokenizer, 512, 256)
+            seconds.append(time.perf_counter() - begun)
+            found.append((len(dataset), len(dataset.tokens)))
+        assert found[0] == found[1]
+        pairs, tokens = found[0]
+        print(f"\nEncoding {pairs:,} pairs, {tokens:,} tokens: {seconds[0]:.1f} s; ", end="")
+        print(f"found again in {seconds[1] * 1000:.1f} ms")
+
+
+SECTIONS = {f.__name__: f for f in (steps, memory, growth, sampling, plan, ranks, start, startup)}
 
 
 def main():

@@ -34,10 +34,17 @@ def make_model(config: ModelConfig, scale: float = 8.0) -> Transformer:
     return model
 
 
+def save_tokenizer(tokenizer: data.Tokenizer, directory) -> Path:
+    """Copy a tokenizer and what belongs to it into a directory, which is made; returns it."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    data.copy_tokenizer(tokenizer.path, Path(directory))
+    return Path(directory)
+
+
 def random_dataset(sizes: list[list[int]], vocab: int = 97, seed: int = 0) -> data.Dataset:
     """Trees of random ids; each of sizes is [prompt length, response lengths …]."""
     rng = np.random.default_rng(seed)
-    return data.to_arrays([[rng.integers(3, vocab, n).tolist() for n in tree] for tree in sizes])
+    return data.to_dataset([[rng.integers(3, vocab, n).tolist() for n in tree] for tree in sizes])
 
 
 def run_script(
@@ -66,6 +73,20 @@ def write_jsonl(path, rows) -> str:
     return str(path)
 
 
+def turns(text: str) -> list[dict]:
+    """'u: hi | a: yes' -> messages."""
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    pairs = (turn.split(": ", 1) for turn in text.split(" | "))
+    return [{"role": roles[role], "content": content} for role, content in pairs]
+
+
+def sequences(dataset: data.Dataset) -> list[list[int]]:
+    """All prompts and responses of a data set, in its order, as ids; ~id: read, but not learnt."""
+    ids = np.where(dataset.learnt, dataset.tokens, ~dataset.tokens)
+    bounds = dataset.offsets.tolist()
+    return [ids[a:b].tolist() for a, b in zip(bounds, bounds[1:])]
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -74,4 +95,6 @@ def seed():
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> data.Tokenizer:
     texts = ["The film is great, and the plot was slow.", "A hotel  was bad!", "2+2=4"] * 20
-    return data.Tokenizer.train(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", 320)
+    directory = tmp_path_factory.mktemp("tokenizer")
+    data.Tokenizer.train([data.Example(text, ()) for text in texts], directory, 320)
+    return data.Tokenizer(directory)

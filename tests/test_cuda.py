@@ -8,29 +8,52 @@ from conftest import SHAPES, make_model, random_dataset
 
 import data
 import dpo
-from model import Transformer, attentions, generate
+import model as model_module
+from extra.padded import padded_attention
+from model import Transformer, flash_attention, segment_attention, token_logps
+from sample import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-SIZES = [[5, 4, 1], [40, 60, 20, 90], [300, 2, 33], [3, 1, 1], [2, 70]]
+SIZES = [[5, 4, 1], [40, 60, 20, 90], [300, 2, 33], [3, 1, 1], [2, 70], [1, 6, 2]]
 
 
-def test_the_flash_call_is_the_padded_one():
-    """Fewer queries than keys, grouped-query heads: values and gradients, per layer kind."""
+def attended(attend, qkv: list, dtype: torch.dtype, rows: int) -> list:
+    """The output for the last rows and the gradients, from inputs rounded to bf16."""
+    q, k, v = (x.bfloat16().to(dtype).requires_grad_() for x in qkv)
+    out = attend(q[-rows:], k, v)
+    return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_flash_call_is_the_plain_one(heads):
+    """Fewer queries than keys, grouped-query heads: values and gradients, in every layer."""
     batch = data.collate(random_dataset(SIZES), np.arange(len(SIZES)))
-    tokens, device = len(batch.tokens), torch.device("cuda")
-    for heads in (4, 2):
-        x = [torch.randn(tokens, h, 64, device=device) for h in (4, heads, heads)]
-        for ours, plain in zip(
-            attentions(batch.branches, device, torch.bfloat16),
-            attentions(batch.branches, device, torch.float32),
-        ):
-            outs = []
-            for attend, dtype in ((ours, torch.bfloat16), (plain, torch.float32)):
-                q, k, v = (y.bfloat16().to(dtype).requires_grad_() for y in x)
-                out = attend(0, q[attend.rows], k, v)
-                outs.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
-            for a, b in zip(*outs):
+    rows, device = len(batch.tokens), torch.device("cuda")
+    qkv = [torch.randn(rows, h, 64, device=device) for h in (4, heads, heads)]
+    predicting = batch.segments[:, 2] >= rows - len(batch.targets)
+    for segments, last in (
+        (batch.segments, rows),
+        (batch.segments[predicting], len(batch.targets)),
+    ):
+        flash = attended(flash_attention(segments, device), qkv, torch.bfloat16, last)
+        for other in (padded_attention, segment_attention):
+            exact = attended(other(segments, device), qkv, torch.float32, last)
+            for a, b in zip(flash, exact):
                 torch.testing.assert_close(a.float(), b.float(), rtol=0.03, atol=0.03)
+
+
+def test_grouped_queries_in_the_kernel_are_repeated_keys(monkeypatch):
+    """`enable_gqa`, where torch has it, and keys and values repeated by hand, as before 2.12."""
+    batch = data.collate(random_dataset(SIZES), np.arange(len(SIZES)))
+    rows, device = len(batch.tokens), torch.device("cuda")
+    qkv = [torch.randn(rows, h, 64, device=device) for h in (4, 2, 2)]
+    found = []
+    for version in (torch.__version__, "2.11.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        attend = flash_attention(batch.segments, device)
+        found.append(attended(attend, qkv, torch.bfloat16, rows))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,16 +74,30 @@ def test_bf16_is_near_float32(shape):
         assert F.cosine_similarity(p.grad.cpu().flatten(), grad.flatten(), dim=0) > 0.99
 
 
+def test_log_probs_in_chunks_are_those_at_once(monkeypatch):
+    """In float32 on the GPU, values and gradients."""
+    inputs = torch.randn(40, 64, device="cuda"), torch.randn(500, 64, device="cuda")
+    targets = torch.randint(500, (40,), device="cuda")
+    found = []
+    for many in (2**24, 2000):
+        monkeypatch.setattr(model_module, "MANY", many)
+        hidden, weight = (x.clone().requires_grad_() for x in inputs)
+        logps = token_logps(hidden, weight, targets)
+        found.append([logps, *torch.autograd.grad(logps.sum(), (hidden, weight))])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 def test_a_step_does_not_wait_for_the_gpu():
     model = Transformer(SHAPES["tied"]).init_weights(0).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    dataset = random_dataset(SIZES)
+    dataset = random_dataset([size for size in SIZES if len(size) > 2])
 
     def step():
-        batch = data.collate(dataset, np.arange(len(SIZES))).to("cuda")
+        batch = data.collate(dataset, np.arange(len(dataset))).to("cuda")
         with torch.autocast("cuda", torch.bfloat16):
             logps = dpo.sequence_logps(model, batch)
-        loss, _ = dpo.compute_loss("dpo", logps, batch, torch.zeros_like(logps), 0.1)
+        loss, _ = dpo.preference_loss(logps, batch, loss=dpo.dpo, beta=0.1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,17 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import dpo
 import model as model_module
-from model import (
-    CheckpointError,
-    ModelConfig,
-    TokenLogps,
-    Transformer,
-    generate,
-    load_pretrained,
-    random_weights,
-    read_weights,
-    save_pretrained,
-)
+from extra import padded
+from extra.chunked import ChunkedLogps
+from model import ModelConfig, Transformer, token_logps
 
 
 def plain_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
@@ -63,34 +55,49 @@ def plain_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
 def plain_logps(model, dataset: data.Dataset, tree: int) -> list[torch.Tensor]:
     """Log-prob of each response of a tree: one forward per sequence, full logits, log_softmax."""
     bounds = dataset.offsets[dataset.trees[tree] : dataset.trees[tree + 1] + 1]
+    learnt = [dataset.learnt[a:b] for a, b in zip(bounds, bounds[1:])]
     prompt, *responses = (dataset.tokens[a:b].tolist() for a, b in zip(bounds, bounds[1:]))
     result = []
-    for response in responses:
+    for response, counts in zip(responses, learnt[1:]):
         logps = plain_logits(model, prompt + response).log_softmax(-1)
         steps = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-        result.append(sum(logps[t, token] for t, token in zip(steps, response)))
+        result.append(sum(logps[t, id] for t, id, c in zip(steps, response, counts) if c))
     return result
 
 
 def sequence(ids: list[int]):
-    """The inputs of `forward` for one sequence, all of whose rows predict."""
-    positions = torch.arange(len(ids))
-    return torch.tensor(ids), positions, torch.tensor([[0, 1, 1, len(ids)]]), positions
+    """The inputs of `forward` for one sequence, of which all rows predict."""
+    return torch.tensor(ids), torch.arange(len(ids)), torch.tensor([[0, 0, 0, len(ids)]])
 
 
-SIZES = [[5, 4, 1], [1, 6, 2, 9], [30, 20, 33], [3, 1, 1], [2, 7]]
+def everyone(dataset: data.Dataset) -> data.Batch:
+    return data.collate(dataset, np.arange(len(dataset)))
+
+
+# Prompts of one token, BOS alone; responses of one; one to three of them.
+SIZES = [[5, 4, 1], [1, 6, 2, 9], [30, 20, 33], [3, 1, 1], [2, 7], [1, 1], [1, 1, 3]]
+
+
+def without_rooms(monkeypatch):
+    """As if extra/ were deleted: attention segment by segment, log-probs from all logits."""
+    for room in ("padded", "chunked"):
+        monkeypatch.setitem(sys.modules, f"extra.{room}", None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packed_shared_chunked_equals_plain(shape, monkeypatch):
-    """Values to 1e-9 and every gradient, in float64, with trees of one to three branches."""
-    monkeypatch.setattr(TokenLogps, "CHUNK", 97 * 7)  # seven rows a chunk: several, one not full
+@pytest.mark.parametrize("many", [97 * 7, 97 * 40, 2**24, None])  # many chunks, three, one; no room
+def test_packed_shared_chunked_equals_plain(shape, many, monkeypatch):
+    """Values to 1e-9 and every gradient, in float64, by every way of attention and log-probs."""
+    if many:
+        monkeypatch.setattr(model_module, "MANY", many)
+    else:
+        without_rooms(monkeypatch)
     model, dataset = make_model(SHAPES[shape]), random_dataset(SIZES)
-    batch = data.collate(dataset, np.arange(len(SIZES)))
-    logps = dpo.sequence_logps(model, batch)
-    plain = torch.stack(
-        [x for tree in range(len(SIZES)) for x in plain_logps(model, dataset, tree)]
-    )
+    rng = np.random.default_rng(1)
+    dataset.learnt[rng.random(len(dataset.tokens)) < 0.1] = False  # some tokens are only read
+    logps = dpo.sequence_logps(model, everyone(dataset))
+    plain = [x for tree in range(len(SIZES)) for x in plain_logps(model, dataset, tree)]
+    plain = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in plain])
     torch.testing.assert_close(logps, plain, rtol=0, atol=1e-9)
     weights = torch.randn(len(plain), dtype=torch.float64)
     packed_grads = torch.autograd.grad((logps * weights).sum(), list(model.parameters()))
@@ -101,16 +108,37 @@ def test_packed_shared_chunked_equals_plain(shape, monkeypatch):
         )
 
 
+def test_all_ways_are_taken(monkeypatch):
+    """Few logits by torch's cross entropy, many in chunks, attention padded: if the rooms are there."""
+    ways, model, dataset = [], make_model(SHAPES["tied"]), random_dataset(SIZES)
+    note = lambda name, way: lambda *a, **options: ways.append(name) or way(*a, **options)
+    monkeypatch.setattr(F, "cross_entropy", note("at once", F.cross_entropy))
+    monkeypatch.setattr(ChunkedLogps, "apply", note("in chunks", ChunkedLogps.apply))
+    monkeypatch.setattr(padded, "padded_attention", note("padded", padded.padded_attention))
+    alone = note("alone", model_module.segment_attention)
+    monkeypatch.setattr(model_module, "segment_attention", alone)
+    expected = dpo.sequence_logps(model, everyone(dataset))
+    assert ways == ["padded", "padded", "at once"]
+    for many, rooms, taken in [(200, True, "in chunks"), (200, False, "at once")]:
+        ways.clear()
+        monkeypatch.setattr(model_module, "MANY", many)
+        if not rooms:
+            without_rooms(monkeypatch)
+        logps = dpo.sequence_logps(model, everyone(dataset))
+        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-11)
+        assert ways == [*(["padded", "padded"] if rooms else ["alone", "alone"]), taken]
+
+
 def test_batch_mates_order_and_checkpointing_do_not_matter():
     model, dataset = make_model(SHAPES["grouped"]), random_dataset(SIZES)
-    everyone = dpo.sequence_logps(model, data.collate(dataset, np.arange(len(SIZES))))
+    together = dpo.sequence_logps(model, everyone(dataset))
     with torch.no_grad():  # as the reference is computed
-        again = dpo.sequence_logps(model, data.collate(dataset, np.arange(len(SIZES))))
-    assert torch.equal(again, everyone)
-    for order in ([4, 3, 2, 1, 0], [2], [3, 3, 0]):
+        again = dpo.sequence_logps(model, everyone(dataset))
+    assert torch.equal(again, together)
+    for order in ([4, 3, 2, 1, 0], [2], [3, 3, 0], [5], [6, 5]):
         batch = data.collate(dataset, np.array(order))
         logps = dpo.sequence_logps(model, batch)
-        torch.testing.assert_close(logps, everyone[batch.response_ids], rtol=0, atol=1e-11)
+        torch.testing.assert_close(logps, together[batch.ids], rtol=0, atol=1e-11)
         model.activation_checkpointing = True
         again = dpo.sequence_logps(model.train(), batch)
         grads = [torch.autograd.grad(x.sum(), list(model.parameters())) for x in (logps, again)]
@@ -144,48 +172,78 @@ def test_the_standard_step_of_the_benchmark_is_ours(shape):
 
 def test_flops_are_those_that_torch_counts():
     """Of matrix products; attention, which the counter does not know on the CPU, by its formula."""
-    model, dataset = make_model(SHAPES["grouped"]), random_dataset([[9, 5, 3], [4, 2, 7]])
-    batch, work = data.collate(dataset, np.arange(2)), dataset.work().sum(0)
+    model, sizes = make_model(SHAPES["grouped"]), [[9, 5, 3], [4, 2, 7], [1, 3]]
+    batch = everyone(random_dataset(sizes))
+    work = benchmark.work(random_dataset(sizes))
+    assert work[:2] == (len(batch.tokens), len(batch.targets))
+    seen = sum(len(rows) - query for rows, size in zip(model_module.rows_seen(batch.segments), batch.segments[:, 3].tolist()) for query in range(size))  # fmt: skip
+    assert work[2] == seen
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dpo.sequence_logps(model, batch)
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert model.flops(work[0], work[1], 0) == counted
-    assert model.flops(0, 0, work[2]) == 4 * 3 * 4 * 16 * work[2]  # layers, heads, head_dim
+    c = model.config
+    assert benchmark.flops(c, *work[:2], 0, 0) == counted
+    # Three layers; heads, head_dim. Prompts ask in all layers but the last.
+    assert benchmark.flops(c, 0, 0, 10, 3) == 4 * 4 * 16 * (2 * 10 + 3)
 
 
 def test_a_branch_sees_its_own_tree_only():
     """Change one token anywhere: only the log-probs that may depend on it move."""
     model, dataset = make_model(SHAPES["tied"]), random_dataset([[4, 3, 3], [4, 3, 3]])
-    before = dpo.sequence_logps(model, data.collate(dataset, np.arange(2)))
+    before = dpo.sequence_logps(model, everyone(dataset))
     for sequence, moved in enumerate(([0, 1], [0], [1], [2, 3], [2], [3])):
-        changed = random_dataset([[4, 3, 3], [4, 3, 3]])
-        changed.tokens[dataset.offsets[sequence]] += 1
-        after = dpo.sequence_logps(model, data.collate(changed, np.arange(2)))
-        assert torch.nonzero((after - before).abs() > 1e-12).flatten().tolist() == moved
+        for token in range(dataset.offsets[sequence], dataset.offsets[sequence + 1]):
+            changed = random_dataset([[4, 3, 3], [4, 3, 3]])
+            changed.tokens[token] += 1
+            after = dpo.sequence_logps(model, everyone(changed))
+            assert torch.nonzero((after - before).abs() > 1e-12).flatten().tolist() == moved
+
+
+def test_what_is_read_but_not_learnt_counts_nothing_and_is_seen():
+    """A hidden token (~id) adds no log-prob of its own, and conditions those after it."""
+    model, [prompt, response] = make_model(SHAPES["tied"]), [[1, 5, 6], [7, 8, 9, 2]]
+    logps = plain_logits(model, prompt + response).log_softmax(-1)
+    each = torch.stack([logps[len(prompt) - 1 + i, token] for i, token in enumerate(response)])
+    for hidden in ([0], [1, 2], [3], [0, 1, 2], [0, 1, 2, 3]):
+        ids = [~token if i in hidden else token for i, token in enumerate(response)]
+        batch = everyone(data.to_dataset([[prompt, ids]]))
+        found = dpo.sequence_logps(model, batch)
+        learnt = [i for i in range(4) if i not in hidden]
+        torch.testing.assert_close(found[0], each[learnt].sum(), rtol=0, atol=1e-11)
+        assert batch.lengths.item() == max(1, len(learnt))
 
 
 def test_probabilities_of_all_sequences_sum_to_one():
-    """Every response of up to three tokens, ended by EOS or cut: catches shift, mask, EOS errors."""
+    """Every response of up to three tokens, ended by EOS or cut: catches shift, mask, EOS errors.
+
+    After a prompt of three tokens, and after BOS alone.
+    """
     config = ModelConfig(5, 16, 32, 2, 2, 1, 8, tie_word_embeddings=True)
     model, eos = make_model(config), 2
     others = [t for t in range(5) if t != eos]
     short = [[*head, eos] for n in range(3) for head in product(others, repeat=n)]
     cut = [list(response) for response in product(others, repeat=3)]
-    dataset = data.to_arrays([[[1, 3, 4], *short, *cut]])
-    logps = dpo.sequence_logps(model, data.collate(dataset, np.array([0])))
-    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    for prompt in ([1, 3, 4], [1]):
+        logps = dpo.sequence_logps(model, everyone(data.to_dataset([[prompt, *short, *cut]])))
+        assert logps.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_prompt_logits_do_not_count(monkeypatch):
-    """Only rows that predict a response token reach the head."""
+    """Only rows that predict a response token reach the head, and the last feed-forward."""
     model, dataset = make_model(SHAPES["tied"]), random_dataset([[6, 3, 2]])
-    rows = []
-    original = model_module.head_logits
+    rows, original = [], model_module.head_logits
     monkeypatch.setattr(
         model_module, "head_logits", lambda h, w: rows.append(len(h)) or original(h, w)
     )
-    dpo.sequence_logps(model, data.collate(dataset, np.array([0])))
-    assert rows == [5], "three and two response tokens, and nothing of the six of the prompt"
+    for layer in model.layers:
+        layer.mlp.register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
+    dpo.sequence_logps(model, everyone(dataset))
+    assert rows == [10, 5, 5], "three and two response tokens, and none of the prompt's five rows"
+
+
+def test_a_prompt_is_kept_in_the_stream_once():
+    batch = everyone(random_dataset([[6, 3, 2], [1, 2, 2, 2]]))
+    assert len(batch.tokens) == 5 + 3 + 2 + 0 + 2 + 2 + 2 and len(batch.targets) == 11
 
 
 def test_token_logps_parity_with_other_implementations():
@@ -195,19 +253,20 @@ def test_token_logps_parity_with_other_implementations():
         logits, targets = torch.tensor(logits).double()[:-1], torch.tensor(labels)[1:]  # shifted
         kept = targets != -100
         identity = torch.eye(logits.shape[1]).double()
-        ours = TokenLogps.apply(logits[kept], identity, targets[kept]).sum().item()
-        assert ours == pytest.approx(expected, abs=1e-6)
+        for logps in (token_logps, ChunkedLogps.apply):
+            ours = logps(logits[kept], identity, targets[kept]).sum().item()
+            assert ours == pytest.approx(expected, abs=1e-6)
 
 
 def test_token_logps_in_bfloat16():
     """V = 32,000, 512 tokens: the sum stays near float64's, where bf16 log-softmax is nats away."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(512, 64), torch.randn(32000, 64) / 8
+    hidden, weight = torch.randn(512, 64).bfloat16(), torch.randn(32000, 64) / 8
     targets = torch.randint(32000, (512,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = TokenLogps.apply(hidden, weight, targets)
+        ours = token_logps(hidden, weight, targets)
         naive = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
-    exact = (hidden.bfloat16().double() @ weight.bfloat16().double().T).log_softmax(-1)
+    exact = (hidden.double() @ weight.bfloat16().double().T).log_softmax(-1)
     exact = exact.gather(1, targets[:, None])[:, 0]
     assert ours.dtype == torch.float32
     error = (ours.double() - exact).pow(2).mean().sqrt().item()
@@ -215,170 +274,26 @@ def test_token_logps_in_bfloat16():
     assert error < 0.006 and naive_error > 1.5 * error
 
 
-def test_generate_agrees_with_teacher_forcing():
-    """Greedy: each token is the argmax of the plain model, alone and in a batch. Sampled: the
-    frequencies of first and second tokens are the plain model's probabilities."""
-    model, eos = make_model(SHAPES["grouped"], scale=3.0).float(), 2
-    prompts = [[5, 6, 7], [3], [9, 8, 7, 6, 5, 4, 3, 9, 10, 11], [4, 4]]
-    together = generate(model, prompts, 12, eos, temperature=0)
-    for prompt, response in zip(prompts, together):
-        assert generate(model, [prompt], 12, eos, temperature=0) == [response]
-        logits = plain_logits(model.double(), prompt + response)[len(prompt) - 1 : -1]
-        assert logits.argmax(-1).tolist() == response
-        assert len(response) == 12 or response[-1] == eos
-        model.float()
-    count = 4000
-    samples = generate(model, [[5, 6, 7]] * count, 2, eos, seed=3)
-    first = plain_logits(model.double(), [5, 6, 7])[-1].softmax(-1)
-    top = first.argmax().item()
-    second = plain_logits(model, [5, 6, 7, top])[-1].softmax(-1)
-    for observed, p in (
-        ([ids[0] for ids in samples], first),
-        ([ids[1] for ids in samples if ids[0] == top and len(ids) > 1], second),
-    ):
-        share = np.bincount(observed, minlength=97) / len(observed)
-        error = 5 * np.sqrt(p.detach().numpy() / len(observed)) + 5 / len(observed)
-        assert (np.abs(share - p.detach().numpy()) < error).all()
-
-
-def test_sampling_options():
-    model = make_model(SHAPES["tied"], scale=2.0).float()
-    run = lambda **options: generate(model, [[5, 6]] * 50, 8, 2, **options)
-    assert run(seed=1) == run(seed=1) != run(seed=2)
-    greedy = run(temperature=0)
-    assert run(top_k=1) == greedy == run(top_p=1e-9) == run(temperature=1e-4)
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(3000, 1)  # 0.64, 0.24, 0.09, 0.03
-    draw = lambda k, p: set(
-        model_module.sample_tokens(logits, 1.0, k, p, torch.Generator().manual_seed(0)).tolist()
-    )
-    assert draw(0, 1.0) == {0, 1, 2, 3} and draw(2, 1.0) == {0, 1}
-    assert draw(0, 0.6) == {0} and draw(0, 0.65) == {0, 1} and draw(0, 0.9) == {0, 1, 2}
-
-
-def test_generate_stops_at_any_of_several_ids():
-    model = make_model(SHAPES["tied"], scale=2.0).float()
-    for ids in generate(model, [[5, 6]] * 200, 30, {2, 7, 8}, seed=1):
-        assert not {2, 7, 8} & set(ids[:-1]) and (len(ids) == 30 or ids[-1] in {2, 7, 8})
-    run = lambda eos: generate(model, [[5, 6]] * 20, 30, eos, seed=1)
-    assert run(2) == run([2]) != run([2, 7])
-
-
-@pytest.mark.slow
-def test_compiled_sampling_is_the_same_in_one_graph():
-    model = make_model(SHAPES["grouped"], scale=2.0).float()
-    prompts = [[5, 6, 7], [3], [9, 8, 7, 6, 5]]
-    run = lambda **options: generate(model, prompts, 20, 2, seed=1, **options)
-    graphs = torch._dynamo.utils.counters["stats"]
-    before = graphs["unique_graphs"]
-    assert run(compile=True) == run()
-    assert graphs["unique_graphs"] == before + 1, "every step of one shape"
-
-
-def test_nothing_is_longer_than_the_sliding_window():
-    model = Transformer(replace(SHAPES["tied"], sliding_window=10)).init_weights(0)
-    model.config.check_length(10)
-    assert len(generate(model, [[5, 6], [3] * 6], 4, [])[0]) == 4
-    with pytest.raises(CheckpointError, match="11 tokens are more than the sliding window of 10"):
-        generate(model, [[5, 6], [3] * 6], 5, 2)
-
-
-# Adapters.
-
-
-def make_lora(config: ModelConfig) -> Transformer:
-    """Adapters with random B on a random model, in float64."""
-    model = make_model(config).add_lora(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora.1." in name:
-                parameter.normal_()
-    return model
-
-
-def merged_by_hand(model: Transformer) -> dict[str, torch.Tensor]:
-    """The base weights by name, W + 2·B·A where there are adapters."""
-    weights = dict(model.named_parameters())
-    return {
-        name: weight + 2 * weights[f"{stem}.lora.1.weight"] @ weights[f"{stem}.lora.0.weight"]
-        if f"{(stem := name.removesuffix('.weight'))}.lora.0.weight" in weights
-        else weight
-        for name, weight in weights.items()
-        if ".lora." not in name
-    }
-
-
-def test_random_weights():
-    """GPT-2's, in the order of the parameters; adapters change nothing and begin with B = 0."""
-    model = Transformer(SHAPES["grouped"]).init_weights(5)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        expected = torch.ones(parameter.shape)
-        if parameter.dim() == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            expected.normal_(0, 0.02 / math.sqrt(6) if residual else 0.02, generator=generator)
-        assert torch.equal(parameter, expected), name
-    with torch.device("meta"):
-        adapted = Transformer(SHAPES["grouped"]).add_lora(2)
-    drawn = dict(random_weights(adapted, 5))
-    assert list(drawn) == [name for name, _ in adapted.named_parameters()]
-    assert all(torch.equal(drawn[name], parameter) for name, parameter in model.named_parameters())
-    only = dict(random_weights(adapted, 5, only_adapters=True))
-    assert {*only} == {name for name in drawn if ".lora." in name}
-    for name, weight in only.items():
-        assert torch.equal(weight, drawn[name]) and weight.device.type == "cpu"
-        std = weight.shape[1] ** -0.5 if ".lora.0." in name else 0
-        assert 0.7 * std <= weight.std() <= 1.3 * std, name
-
-
-def test_lora_begins_as_the_base_and_trains_only_adapters():
-    model = make_model(SHAPES["grouped"]).float()
-    tokens, *where = sequence([5, 6, 7, 8, 50, 96, 3])
-    before = model(tokens, *where)
-    model.add_lora(4)
-    assert torch.equal(model(tokens, *where), before)
-    model(tokens, *where, tokens).sum().backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    projections = [
-        *(f"self_attn.{m}_proj" for m in "qkvo"),
-        *(f"mlp.{m}_proj" for m in ("gate", "up", "down")),
-    ]
-    assert trained == {
-        f"layers.{n}.{p}.lora.{i}.weight" for n in range(3) for p in projections for i in (0, 1)
-    }
-    generator = torch.Generator().manual_seed(0)
-    model.init_weights(0)
-    assert torch.equal(
-        model.embed_tokens.weight, torch.empty(97, 32).normal_(0, 0.02, generator=generator)
-    )
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-def test_lora_is_the_merged_model(shape, tmp_path):
-    """Log-probs and gradients of the adapters are those of W + 2·B·A; merged, saved and loaded."""
-    model = make_lora(SHAPES[shape])
-    plain, by_hand = Transformer(SHAPES[shape]).double(), merged_by_hand(model)
-    tokens, *where = sequence([5, 6, 7, 8, 50, 96, 3])
-    logps = model(tokens, *where, tokens)
-    expected = torch.func.functional_call(plain, by_hand, (tokens, *where, tokens))
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
-    weights = torch.randn(7, dtype=torch.float64)
-    adapters = [p for p in model.parameters() if p.requires_grad]
-    ours, theirs = (torch.autograd.grad((x * weights).sum(), adapters) for x in (logps, expected))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    for _ in range(2):  # merging again adds nothing
-        model.merge_lora()
-        torch.testing.assert_close(model(tokens, *where, tokens), expected, rtol=0, atol=1e-10)
-    save_pretrained(model, tmp_path)
-    loaded = load_pretrained(tmp_path)
-    assert [*dict(read_weights(tmp_path))] and {*dict(read_weights(tmp_path))} == {*by_hand}
-    for name, parameter in loaded.named_parameters():
-        torch.testing.assert_close(parameter, by_hand[name].float(), rtol=1e-6, atol=1e-6)
+def test_bf16_autocast_is_near_float64(shape):
+    """The whole model under autocast, as it is trained: log-probs float32, gradients in line."""
+    model, dataset = make_model(SHAPES[shape], scale=2.0), random_dataset(SIZES)
+    exact = dpo.sequence_logps(model, everyone(dataset))
+    expected = torch.autograd.grad(exact.sum(), list(model.parameters()))
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = dpo.sequence_logps(model, everyone(dataset))
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps.double(), exact, rtol=0.02, atol=0.5)
+    for a, b in zip(torch.autograd.grad(logps.sum(), list(model.parameters())), expected):
+        assert F.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > 0.99
 
 
-def test_frozen_inputs_of_the_head_cost_nothing(monkeypatch):
+@pytest.mark.parametrize("chunked", [False, True])
+def test_frozen_inputs_of_the_head_cost_nothing(chunked, monkeypatch):
+    monkeypatch.setattr(model_module, "MANY", 200 if chunked else 2**24)
     hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
-    run = lambda h, w: TokenLogps.apply(h, w, torch.arange(9)).sum().backward()
+    run = lambda h, w: token_logps(h, w, torch.arange(9)).sum().backward()
     run(hidden, weight)
     expected, weight_grad = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -387,3 +302,15 @@ def test_frozen_inputs_of_the_head_cost_nothing(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", None)  # where the gradient of the weight would begin
     run(hidden, weight.detach())
     assert torch.equal(hidden.grad, expected)
+
+
+def test_initial_weights():
+    """GPT-2's, in the order of the parameters, from the seed alone."""
+    model = Transformer(SHAPES["grouped"]).init_weights(5)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        expected = torch.ones(parameter.shape)
+        if parameter.dim() == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            expected.normal_(0, 0.02 / math.sqrt(6) if residual else 0.02, generator=generator)
+        assert torch.equal(parameter, expected), name

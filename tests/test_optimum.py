@@ -15,7 +15,9 @@ from conftest import make_model, read_metrics, write_jsonl
 import data
 import dpo
 import train
-from model import ModelConfig, generate, load_pretrained, save_pretrained
+from extra import reward
+from model import ModelConfig, Transformer, load_pretrained, save_pretrained
+from sample import generate
 
 EOS, LONGEST, WORDS = 2, 3, (0, 1)
 SPACE = [[*head, EOS] for n in range(LONGEST) for head in itertools.product(WORDS, repeat=n)]
@@ -33,10 +35,15 @@ BETA = 0.5
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """The checkpoint that is the reference, and its log-probs: far from uniform."""
-    torch.manual_seed(5)
     directory = tmp_path_factory.mktemp("optimum") / "start"
     config = ModelConfig(3, 32, 64, 2, 2, 2, 16, rope_theta=10.0, tie_word_embeddings=True)
-    save_pretrained(make_model(config, scale=4.0).float(), directory)
+    model = Transformer(config).init_weights(1).double()
+    torch.manual_seed(5)  # after all that the layers draw for themselves
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    save_pretrained(model.float(), directory)
     logps = enumerate_logps(load_pretrained(directory))
     assert 0.2 < np.exp(logps).max() < 0.9
     return directory, logps
@@ -44,7 +51,7 @@ def start(tmp_path_factory):
 
 def enumerate_logps(model) -> np.ndarray:
     """log π(y|x) of all responses, (prompts, responses), in float64."""
-    dataset = data.to_arrays([[prompt, *SPACE] for prompt in PROMPTS])
+    dataset = data.to_dataset([[prompt, *SPACE] for prompt in PROMPTS])
     batch = data.collate(dataset, np.arange(len(PROMPTS)))
     with torch.no_grad():
         return dpo.sequence_logps(model.double(), batch).view(len(PROMPTS), -1).numpy()
@@ -159,13 +166,29 @@ def test_sampled_kl_agrees_with_the_enumerated(start, tuned, prompt):
     counts = np.bincount([SPACE.index(ids) for ids in samples], minlength=len(SPACE))
     p = np.exp(tuned[1][prompt])
     assert (np.abs(counts / 4000 - p) < 4 * np.sqrt(p / 4000) + 1e-3).all(), "they are samples of π"
-    dataset = data.to_arrays([[PROMPTS[prompt], ids] for ids in samples])
+    dataset = data.to_dataset([[PROMPTS[prompt], ids] for ids in samples])
     batch = data.collate(dataset, np.arange(4000))
     with torch.no_grad():
         k1 = dpo.sequence_logps(policy, batch) - dpo.sequence_logps(reference, batch)
-        rao_blackwell = dpo.sequence_kl(policy, reference, batch)
+        rao_blackwell = reward.sequence_kl(policy, reference, batch)
     error = {}
     for name, estimate in (("k1", k1), ("rb", rao_blackwell)):
         error[name] = estimate.std().item() / 4000**0.5
         assert estimate.mean().item() == pytest.approx(exact, abs=3 * error[name])
     assert error["rb"] < error["k1"] < 0.2 * exact
+
+
+def test_sequence_kl_is_unbiased():
+    """Averaged over all sampled sequences with their exact probabilities, the Rao–Blackwell
+    estimate equals the enumerated KL: here over every response of two tokens or EOS."""
+    torch.manual_seed(1)
+    config = ModelConfig(4, 16, 32, 1, 2, 2, 8, tie_word_embeddings=True)
+    policy, reference = make_model(config), make_model(config)
+    space = [[2], *([a, b] for a in (0, 1, 3) for b in range(4))]
+    batch = data.collate(data.to_dataset([[[1, 3], *space]]), np.array([0]))
+    with torch.no_grad():
+        log_p, log_q = (dpo.sequence_logps(m, batch) for m in (policy, reference))
+        estimate = reward.sequence_kl(policy, reference, batch)
+    assert estimate.shape == (len(space),)
+    exact = (log_p.exp() * (log_p - log_q)).sum().item()
+    assert exact > 0.1 and (log_p.exp() @ estimate).item() == pytest.approx(exact, rel=1e-9)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 import data
+from extra import chat, formats
 
 UNUSABLE = "unusable: train.py would stop there"
 SAMPLE = 10_000  # examples of a file that are encoded, to count tokens
@@ -22,12 +23,11 @@ SAMPLE = 10_000  # examples of a file that are encoded, to count tokens
 
 def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data.Example]:
     """Pass on the examples of a file, counting on the way; `seen` is what earlier ones held."""
-    formats = data.PREFERENCES + data.DEMONSTRATIONS + data.PLAIN_TEXT
     for number, (where, row) in enumerate(data.read_jsonl(path), 1):
         if number % 100_000 == 0:
             print(f"… {number:,} read", file=sys.stderr)
         try:
-            example = data.parse(where, row, formats)
+            example = formats.parse(where, row, "training")
         except data.DataError as error:
             facts[UNUSABLE] += 1
             if facts[UNUSABLE] <= 3:
@@ -40,10 +40,9 @@ def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data
         facts["examples"] += 1
         if data.is_turns(example.prompt):
             facts["conversations"] += 1
-            facts["turns in them, the best response's included"] += len(
-                example.prompt + example.chosen
-            )
-        facts["with an empty response"] += any(map(data.is_empty, example.responses))
+            whole = example.prompt + example.responses[0]
+            facts["turns in them, the best response's included"] += len(whole)
+        facts["with an empty response"] += any(map(is_empty, example.responses))
         facts["with identical responses"] += len(set(responses)) < len(responses)
         facts["duplicates of an earlier example"] += this in seen
         facts["contradictions of an earlier example"] += reverse in seen and this != reverse
@@ -52,6 +51,11 @@ def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data
         facts["with a prompt of the evaluation files"] += prompted and prompt in held_out
         seen |= {prompt, this}
         yield example
+
+
+def is_empty(response) -> bool:
+    """Has the response no text at all?"""
+    return not (response[-1]["content"] if data.is_turns(response) else response)
 
 
 def show_counts(facts: Counter):
@@ -75,13 +79,19 @@ def show_lengths(unit: str, sizes: np.ndarray, alone: bool):
     print(f"    chosen is longer in {longer[0]:.1%}, rejected in {longer[1]:.1%}")
 
 
+def characters(content) -> int:
+    """Of a prompt or a response; of token ids how many they are."""
+    if data.is_turns(content):
+        return sum(len(turn["content"]) for turn in content)
+    return len(content)
+
+
 def diagnose(path: str, seen: set, held_out: set, tokenizer, limits: tuple, shown: int) -> Counter:
     """Print what is in a file, and some examples as the model sees them; return the counts."""
     facts, sizes, sample, rng = Counter(), [], [], random.Random(0)
-    size = lambda content: sum(map(len, data.texts(data.Example(content, ()))))
     for example in survey(path, seen, held_out, facts):
         contents = (example.prompt, example.responses[0], example.responses[-1])
-        sizes.append(list(map(size, contents)))
+        sizes.append(list(map(characters, contents)))
         place = len(sample) if len(sample) < SAMPLE else rng.randrange(facts["examples"])
         if place < SAMPLE:  # every example is as likely to stay
             sample[place : place + 1] = [example]
@@ -91,35 +101,42 @@ def diagnose(path: str, seen: set, held_out: set, tokenizer, limits: tuple, show
     print(f"\n{path}: {facts['examples']:,} examples")
     show_counts(facts)
     show_lengths("characters", np.array(sizes), alone)
-    if not tokenizer:
-        return facts
-    dataset = data.encode_examples(sample, tokenizer, *limits)
-    count = dataset.counts["examples"]
-    tokens = len(dataset.tokens) * facts["examples"] / count
-    print(f"  encoded, {count:,} of them, to at most {limits[0]} tokens, prompts to {limits[1]}:")
-    print(f"  about {tokens:,.0f} tokens in all")
-    show_counts(dataset.counts)
+    if tokenizer:
+        show_encoded(sample, facts["examples"], tokenizer, limits, shown, alone)
+    return facts
+
+
+def show_encoded(sample: list, total: int, tokenizer, limits: tuple, shown: int, alone: bool):
+    """Print how a sample of a file's `total` examples is encoded, and `shown` of them."""
+    dataset, counts = data.encode(sample, tokenizer, *limits)
+    tokens = len(dataset.tokens) * total / counts["examples"]
+    print(
+        f"  encoded, {counts['examples']:,} of them, to at most {limits[0]} tokens, "
+        f"prompts to {limits[1]}:\n  about {tokens:,.0f} tokens in all"
+    )
+    show_counts(counts)
     lengths = np.diff(dataset.offsets)
     columns = dataset.trees[:-1], dataset.trees[:-1] + 1, dataset.trees[1:] - 1
     show_lengths("tokens", np.stack([lengths[c] for c in columns], 1), alone)
     for e in range(min(shown, len(dataset))):
-        for s in range(dataset.trees[e], dataset.trees[e + 1]):
-            ids = dataset.tokens[dataset.offsets[s] : dataset.offsets[s + 1]].tolist()
-            is_prompt = s == dataset.trees[e]
-            print("\n  " if is_prompt else "    → ", spell(ids, tokenizer, not is_prompt), sep="")
-    return facts
+        prompt, *responses = dataset[e]
+        nothing = np.zeros(prompt.stop - prompt.start, bool)
+        print("\n  " + spell(dataset.tokens[prompt], nothing, tokenizer))
+        for where in responses:
+            print("    → " + spell(dataset.tokens[where], dataset.learnt[where], tokenizer))
 
 
-def spell(ids: list[int], tokenizer: data.Tokenizer, response: bool) -> str:
+def spell(ids: np.ndarray, learnt: np.ndarray, tokenizer: data.Tokenizer) -> str:
     """Text of a sequence with what is learnt in green, or between « » where there is no colour."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
-    names, text = {i: name for name, i in tokenizer.control.items()}, ""
-    for learnt, run in itertools.groupby(ids, key=lambda i: response and i >= 0):
-        text += on * learnt
-        for name, part in itertools.groupby([i if i >= 0 else ~i for i in run], key=names.get):
+    names = {i: name for name, i in chat.template_of(tokenizer).control.items()}
+    text = ""
+    for told, run in itertools.groupby(zip(ids.tolist(), learnt.tolist()), lambda pair: pair[1]):
+        text += on * told
+        for name, part in itertools.groupby((i for i, _ in run), key=names.get):
             part = list(part)
             text += name * len(part) if name else tokenizer.decode(part, True)
-        text += off * learnt
+        text += off * told
     return text
 
 

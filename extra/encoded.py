@@ -1,0 +1,64 @@
+"""Encoded data on disk: rank 0 encodes once, all ranks map it, and so does a resumed run.
+
+In the directory of the run, `encoded/<name>/`: an array a file, and counts.json, written last.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+import data
+
+ARRAYS = ("tokens", "learnt", "offsets", "trees", "facts")
+
+
+def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Dataset, Counter]:
+    """`data.encode(examples, tokenizer, *limits)`, kept under that name. (all ranks)"""
+    place = run.out / "encoded" / name.replace(" ", "_")
+    counts = place / "counts.json"
+    if run.rank == 0 and not (run.point and counts.is_file()):
+        place.mkdir(parents=True, exist_ok=True)
+        counts.unlink(missing_ok=True)
+        dataset, found = data.encode(encode_ahead(examples, tokenizer), tokenizer, *limits)
+        for array in ARRAYS:
+            np.save(place / f"{array}.npy", getattr(dataset, array))
+        counts.write_text(json.dumps(found), encoding="utf-8")
+    run.wait()
+    arrays = (np.load(place / f"{array}.npy", mmap_mode="r") for array in ARRAYS)
+    return data.Dataset(*arrays), Counter(json.loads(counts.read_text(encoding="utf-8")))
+
+
+def encode_ahead(examples: Iterable[data.Example], tokenizer) -> Iterator[data.Example]:
+    """The examples with token ids in place of texts and conversations.
+
+    As data.token_ids encodes them, but thousands at a time, which SentencePiece does on all cores.
+    """
+    examples = iter(examples)
+    while block := list(itertools.islice(examples, 4096)):
+        texts = [e for e in block if isinstance(e.prompt, str) and e.prompt and tokenizer]
+        chats = [e for e in block if data.is_turns(e.prompt) and tokenizer]
+        trees = {id(e): tree for e, tree in zip(texts, encode_texts(texts, tokenizer))}
+        if chats:
+            from extra.chat import encode_chats
+
+            trees |= {id(e): tree for e, tree in zip(chats, encode_chats(chats, tokenizer))}
+        for example in block:  # what is left are ids, and texts without a prompt
+            prompt, *responses = trees.get(id(example)) or data.token_ids(example, tokenizer)
+            yield example._replace(prompt=prompt, responses=tuple(responses))
+
+
+def encode_texts(examples: list[data.Example], tokenizer) -> Iterator[list[list[int]]]:
+    if not examples:
+        return
+    prompts = tokenizer.encode([example.prompt for example in examples])
+    responses = [response for example in examples for response in example.responses]
+    encoded = iter(tokenizer.encode(responses, continuation=True))
+    for example, prompt in zip(examples, prompts):
+        tree = [[tokenizer.bos_id, *prompt]]
+        for text in example.responses:
+            ids = next(encoded)
+            tree.append([*ids, tokenizer.eos_id] if text else [])
+        yield tree

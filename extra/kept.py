@@ -1,0 +1,53 @@
+"""The reference's log-probs, kept beside the checkpoint that the reference is.
+
+A sweep over β or over losses from one checkpoint, or a resumed run, finds them there, under a digest
+of token ids, numerics, and the weight files' names, sizes and times. Where that directory cannot be
+written they are in that of the run.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torch.Tensor:
+    """What `compute()` gives, (responses,) in float64, or what is kept of an earlier time. (all ranks)
+
+    checkpoint: the directory of the reference; of a new model none, and nothing is kept.
+    """
+    path, values = None, None
+    if run.rank == 0 and checkpoint:
+        where = Path(checkpoint)
+        name = f"reference-{digest(dataset, model, where, run)}.npy"
+        path = (where if os.access(where, os.W_OK) else run.out) / name
+        with contextlib.suppress(OSError, ValueError, EOFError):  # none, or it is not whole
+            values = np.load(path)
+            if values.shape != (dataset.responses(),) or not np.isfinite(values).all():
+                values = None
+    if run.total({"": values is not None})[""].item():
+        run.say(f"reference: {dataset.responses():,} log-probs found beside {checkpoint}")
+        mine = np.zeros(dataset.responses()) if values is None else values
+        return run.total({"": torch.from_numpy(mine)})[""].cpu()
+    computed = compute()
+    run.say(f"reference: {dataset.responses():,} log-probs computed")
+    if path:
+        new = path.with_suffix(f".{os.getpid()}.npy")  # another run may be at the same
+        np.save(new, computed.numpy())
+        new.replace(path)
+    return computed
+
+
+def digest(dataset, model, checkpoint: Path, run) -> str:
+    key = f"{model.config} {run.bf16} {run.device.type} {torch.__version__}"
+    for file in sorted(checkpoint.iterdir()):
+        if file.suffix in (".safetensors", ".bin"):
+            key += f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    hashed = hashlib.sha256(key.encode())
+    for array in (dataset.tokens, dataset.learnt, dataset.offsets, dataset.trees):
+        hashed.update(np.ascontiguousarray(array))
+    return hashed.hexdigest()[:16]

@@ -1,0 +1,34 @@
+"""LoRA (Hu et al., 2106.09685) from outside the model: W·x + 2·B·A·x, W frozen (alpha = 2·rank)."""
+
+import torch
+from torch import nn
+
+
+def add(model, rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """Freeze the model and hang adapters on every projection; returns their first values.
+
+    A is N(0, 1/inputs), B zero, so that nothing changes at first.
+    """
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    model.requires_grad_(False)
+    projections = [(n, m) for n, m in model.layers.named_modules() if isinstance(m, nn.Linear)]
+    for name, module in projections:
+        like = {"bias": False, "device": module.weight.device, "dtype": module.weight.dtype}
+        a = nn.Linear(module.in_features, rank, **like)
+        b = nn.Linear(rank, module.out_features, **like)
+        module.lora = nn.Sequential(a, b)
+        module.register_forward_hook(lambda m, inputs, out: out + 2 * m.lora(inputs[0]))
+        first = torch.randn(a.weight.shape, generator=generator) * module.in_features**-0.5
+        weights[f"layers.{name}.lora.0.weight"] = first
+        weights[f"layers.{name}.lora.1.weight"] = torch.zeros(b.weight.shape)
+    return weights
+
+
+@torch.no_grad()
+def merge(model):
+    """W + 2·B·A into the weights, and B to zero. (all ranks)"""
+    for module in model.modules():
+        if hasattr(module, "lora"):
+            a, b = (factor.weight for factor in module.lora)
+            module.weight.add_(b @ a, alpha=2)
+            b.zero_()

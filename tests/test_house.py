@@ -1,0 +1,119 @@
+"""The promise itself: five files for one evening, and rooms that can be deleted."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, write_jsonl
+
+import train
+
+LEAVES, ROOTS = ("dpo", "data", "model"), ("train", "sample")
+ROOMS = {"extra", "experiments"}
+OUTSIDE = {"torch", "numpy", "sentencepiece", "wandb"}
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
+
+
+def imported(nodes) -> set[str]:
+    """The modules that are imported there, without what is inside them."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_spine_is_short():
+    sizes = {name: source(name).count("\n") for name in LEAVES + ROOTS}
+    assert sum(sizes.values()) <= 1600, sizes
+    assert max(sizes.values()) <= 430, sizes
+
+
+@pytest.mark.parametrize("name", LEAVES + ROOTS)
+def test_import_arrows(name):
+    """Leaves know nothing of each other, of ranks or of flags; nobody imports a root; a room is
+    imported inside a function."""
+    tree = ast.parse(source(name))
+    anywhere, top = imported(ast.walk(tree)), imported(tree.body)
+    assert not anywhere & set(ROOTS) and not top & ROOMS
+    if name in LEAVES:
+        assert not anywhere & {*LEAVES, "os", "argparse", "wandb"}
+    foreign = anywhere - OUTSIDE - ROOMS - set(LEAVES)
+    assert foreign <= sys.stdlib_module_names
+
+
+def test_it_runs_without_its_rooms(tmp_path):
+    """SFT, DPO, a resume and sampling, on a plain file, in a copy without extra/ and experiments/;
+    with the same numbers as with them."""
+    house = tmp_path / "house"
+    house.mkdir()
+    for name in LEAVES + ROOTS:
+        shutil.copy(ROOT / f"{name}.py", house)
+    words = "good bad fine poor nice dull".split()
+    rows = [{"prompt": f"Rate film {i}:", "chosen": f" It is {words[i % 3]}.",
+             "rejected": f" It is {words[3 + i % 3]} {i}."} for i in range(24)]  # fmt: skip
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    flags = f"""--data={path} --eval_data={path} --hidden_size=32 --num_layers=2 --num_heads=2
+        --vocab_size=300 --batch_size=8 --micro_batch_tokens=64 --learning_rate=1e-3 --epochs=2
+        --log_every=1 --save_every=2""".split()
+
+    def run(script, *arguments, where=house) -> str:
+        command = [sys.executable, str(where / script), *map(str, arguments)]
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=where).stdout
+
+    whole, parts, rooms = (tmp_path / name for name in ("whole", "parts", "rooms"))
+    run("train.py", *flags, f"--out_dir={whole}")
+    shutil.copytree(whole, parts)
+    settings = json.loads((parts / "run.json").read_text())
+    settings["settings"]["out_dir"] = str(parts)
+    (parts / "run.json").write_text(json.dumps(settings))
+    (parts / "model.safetensors").unlink()
+    assert "dpo: 24 examples, steps 4 to 6" in run(
+        "train.py", flags[0], f"--out_dir={parts}", "--resume"
+    )
+    saved = (whole / "model.safetensors").read_bytes()
+    assert (parts / "model.safetensors").read_bytes() == saved
+    shown = run(
+        "sample.py",
+        whole,
+        "--prompt=Rate film 3:",
+        "--max_new_tokens=8",
+        "--compare",
+        whole / "sft",
+    )
+    assert "Rate film 3:" in shown
+    run("train.py", *flags, f"--out_dir={rooms}", where=ROOT)
+    read = lambda out: [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
+    for ours, theirs in zip(read(whole), read(rooms), strict=True):
+        for name, value in ours.items():
+            if "second" not in name and "memory" not in name:
+                same = value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)
+                assert theirs[name] == same, name
+
+
+def test_readme_is_true_about_flags_and_sizes():
+    """Every --flag of the README exists, and the line counts it gives are near the truth."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("\n") <= 210
+    scripts = [ROOT / "sample.py", ROOT / "tests/benchmark.py", *ROOT.glob("extra/*.py")]
+    scripts += ROOT.glob("experiments/*.py")
+    text = "".join(path.read_text(encoding="utf-8") for path in scripts)
+    known = set(re.findall(r'"--(\w+)"', text)) | set(train.Settings.__dataclass_fields__)
+    known |= {"help", "nproc_per_node", "standalone", "alpha", "gamma", "label_smoothing"}
+    known |= {"seed", "demonstrations", "pairs", "tau", "temperature"}
+    used = set(re.findall(r"--(\w+)", readme))
+    assert used and used <= known, used - known
+    for name, lines in re.findall(r"\| \[?`?(\w+\.py)`?\S* \| (\d+) \|", readme):
+        actual = source(name.removesuffix(".py")).count("\n")
+        assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines"
