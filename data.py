@@ -13,7 +13,6 @@ The prompt's last token opens every response, whose first token it predicts. So 
 response predicts one target, and the rows of prompts none. `python data.py FILE` is the data doctor.
 """
 
-import contextlib
 import gzip
 import heapq
 import io
@@ -21,7 +20,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,7 +31,6 @@ import numpy as np
 import sentencepiece
 import torch
 
-BESIDE = r"(tokenizer|added_tokens|special_tokens|chat_template|generation).*\.(json|jinja|model)"
 MORE = {"weight", "soft_label", "margin", "score_chosen", "candidates", "system", "tools"}
 NO_TEXT = re.compile("[\ud800-\udfff\ufdd0]")  # half a surrogate pair; U+FDD0 is no character
 
@@ -93,13 +90,6 @@ class Tokenizer:
             why = str(error).rsplit("] ", 1)[-1].strip() or "is there any text?"
             raise DataError(f"no tokenizer of {vocab_size} pieces can be trained: {why}") from None
         (directory / "tokenizer.model").write_bytes(model.getvalue())
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
-        config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        with contextlib.suppress(ImportError):
-            from extra.chat import PLAIN_TEMPLATE
-
-            config["chat_template"] = PLAIN_TEMPLATE
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
     def encode(self, text: str | list[str], continuation: bool = False):
         """Ids of a text (or of each of a list), without BOS and EOS; decode gives the text back."""
@@ -117,17 +107,6 @@ def find_tokenizer(path: str | Path) -> Tokenizer | None:
     """The one there; None for a checkpoint that has none, and takes token ids."""
     missing = Path(path).is_dir() and not (Path(path) / "tokenizer.model").exists()
     return None if missing else Tokenizer(path)
-
-
-def copy_tokenizer(path: str | Path, directory: Path):
-    """Copy a tokenizer.model and what lies beside it, which other programs want, into a directory."""
-    path = Path(path)
-    files = {file.name: file for file in (path if path.is_dir() else path.parent).iterdir()}
-    if path.is_file():
-        files["tokenizer.model"] = path
-    for name, file in files.items():
-        if re.fullmatch(BESIDE, name) and file.parent != directory:
-            shutil.copy(file, directory / name)
 
 
 class Example(NamedTuple):

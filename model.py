@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,11 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x) · weight (Zhang and Sennrich, 1910.07467), computed in the precision of x."""
 
     def forward(self, x):
-        x = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps
+        if x.is_cuda or torch.compiler.is_compiling():
+            x = F.rms_norm(*inputs)
+        else:  # where it is not one kernel keep only x for the backward pass
+            x = checkpoint(F.rms_norm, *inputs, use_reentrant=False, preserve_rng_state=False)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # once here: every product that follows would copy
             x = x.to(torch.get_autocast_dtype(kind))
@@ -90,10 +95,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # Who sees whom: a row of the stream sees the rows of its prompt, and those of its own segment up to
-# itself. Segments, (S, 4) on the CPU, are rows (prompt_start, prompt_size, start, size), in order; a
-# prompt is a segment that has no prompt. Each of the two functions makes of them
-#     attend(q, k, v): (queries, H, D), (T, H_kv, D), (T, H_kv, D) -> (queries, H, D)
-# where queries are those of the segments, one after the other, keys and values the whole stream's.
+# itself. Segments, (S, 4) on the CPU, are rows (prompt_start, prompt_size, start, size), in order;
+# a prompt is a segment that has no prompt.
 
 
 def rows_seen(segments: Tensor) -> list[Tensor]:
@@ -105,30 +108,9 @@ def rows_seen(segments: Tensor) -> list[Tensor]:
     return seen
 
 
-def flash_attention(segments: Tensor, device: torch.device) -> Callable:
-    """On CUDA, in bf16: all segments in one variable-length call, causal from the bottom right."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    queries, keys = segments[:, 3], segments[:, 1] + segments[:, 3]  # of each segment
-    longest = queries.max().item(), keys.max().item()
-    bounds = [F.pad(sizes.cumsum(0), (1, 0)).int() for sizes in (queries, keys)]  # (S + 1,) each
-    pinned = [index.pin_memory() for index in (torch.cat(rows_seen(segments)), *bounds)]
-    seen, *bounds = [index.to(device, non_blocking=True) for index in pinned]
-    options = {"window_size": (-1, 0)}  # causal: nothing to the right
-    if torch.__version__ >= "2.12":
-        options["enable_gqa"] = True
-
-    def attend(q, k, v):
-        k, v = k.index_select(0, seen), v.index_select(0, seen)
-        if not options.get("enable_gqa"):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, *bounds, *longest, **options)
-
-    return attend
-
-
 def segment_attention(segments: Tensor, device: torch.device) -> Callable:
-    """Anywhere: one call for each segment. extra/padded.py does the same in fewer."""
+    """attend(q, k, v): queries (Q, H, D) of the segments, one after the other, keys and values
+    (T, H_kv, D) of the whole stream -> (Q, H, D). extra/attention.py has it in far fewer calls."""
     seen, sizes = [rows.to(device) for rows in rows_seen(segments)], segments[:, 3].tolist()
 
     def attend(q, k, v):
@@ -162,7 +144,7 @@ class Attention(nn.Module):
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim))  # (T, H·D) -> (T, H, D)
         k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))
         q = rotate(heads(self.q_proj(x[-last:])), cos[-last:], sin[-last:])
-        if torch.compiler.is_compiling():  # lengths change from batch to batch
+        if torch.compiler.is_compiling() and isinstance(attend, FunctionType):  # lengths vary
             attend = torch.compiler.disable(attend)
         return self.o_proj(attend(q, k, v).flatten(1))
 
@@ -254,11 +236,8 @@ class Transformer(nn.Module):
         attends = attention
         if isinstance(attention, Tensor):
             packed = segment_attention
-            if x.is_cuda and torch.is_autocast_enabled("cuda"):
-                packed = flash_attention
-            else:
-                with contextlib.suppress(ImportError):
-                    from extra.padded import padded_attention as packed
+            with contextlib.suppress(ImportError):
+                from extra.attention import fast_attention as packed
             asking = attention[:, 2] >= len(tokens) - last  # the segments of the last rows
             attends = [packed(attention, x.device)] * (len(self.layers) - 1)
             attends.append(packed(attention[asking], x.device))
@@ -288,15 +267,12 @@ def load_config(directory: str | Path) -> ModelConfig:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: not found; a checkpoint directory has one")
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        given = json.loads(path.read_text(encoding="utf-8"))
-        names = {field.name for field in fields(ModelConfig)} & given.keys()
-        config = ModelConfig(**{name: given[name] for name in names})
-        if given == describe(config):
-            return config
-    from extra.checkpoints import translate  # not as it is written here: another program's
+    with contextlib.suppress(ImportError):
+        from extra.checkpoints import translate  # other programs', and what is wrong with one
 
-    return translate(path)
+        return translate(path)
+    given = json.loads(path.read_text(encoding="utf-8"))
+    return ModelConfig(**{f.name: given[f.name] for f in fields(ModelConfig) if f.name in given})
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -323,7 +299,7 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         from extra.checkpoints import read_files  # in several files, or in torch's format
 
         weights = read_files(Path(directory))
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, struct.error) as error:
+    except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     if load_config(directory).tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some have the embedding twice
@@ -361,33 +337,30 @@ def load_pretrained(directory: str | Path) -> Transformer:
 
 
 @torch.no_grad()
-def save_pretrained(model: Transformer, directory: str | Path, source=None, weights=None):
+def save_pretrained(model: Transformer, directory: str | Path, weights=None):
     """Write a checkpoint directory in the Llama layout, in float32, one weight after another.
 
-    source: the checkpoint it comes from, of whose config all else is kept. weights: names and
-    values of all parameters, where the model's own are sharded. A kill leaves the old checkpoint,
-    or one without config.json, which nothing opens, but never a mixture.
+    weights: names and values of all parameters, where the model's own are sharded. A kill leaves
+    the old checkpoint, or one without config.json, which nothing opens, but never a mixture.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, parameter in model.named_parameters():
-        if ".lora." in name:  # merged before
-            continue
-        begin, end = end, end + 4 * parameter.numel()
-        entry = {"dtype": "F32", "shape": [*parameter.shape], "data_offsets": [begin, end]}
-        header[name if name == "lm_head.weight" else f"model.{name}"] = entry
+        if ".lora." not in name:  # adapters are merged before
+            begin, end = end, end + 4 * parameter.numel()
+            entry = {"dtype": "F32", "shape": [*parameter.shape], "data_offsets": [begin, end]}
+            header[name if name == "lm_head.weight" else f"model.{name}"] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
     new = directory / "saving.tmp"
     with open(new, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, weight in weights or model.named_parameters():
-            file.write(weight.detach().to("cpu", torch.float32).contiguous().numpy())
+        for name, weight in weights or model.named_parameters():
+            if ".lora." not in name:
+                file.write(weight.detach().to("cpu", torch.float32).contiguous().numpy())
 
-    config = json.loads((Path(source) / "config.json").read_text()) if source else {}
-    config.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
-    config = json.dumps(config | describe(model.config), indent=2) + "\n"
+    config = json.dumps(describe(model.config), indent=2) + "\n"
     (directory / "config.json").unlink(missing_ok=True)  # nothing opens without it: written last
     for pattern in ("model*.safetensors*", "pytorch_model*.bin*", "reference-*.npy"):
         for old in directory.glob(pattern):

@@ -81,12 +81,8 @@ class Settings:
     options: dict = dataclasses.field(default_factory=dict)  # of the loss, by its own signature
 
 
-class SettingError(ValueError):
-    """A setting that cannot be used; the message is one sentence for the user."""
-
-
 def parse_settings(arguments: list[str]) -> Settings:
-    """Command line -> Settings; the help of each is its comment above. Raises SettingError."""
+    """Command line -> Settings; the help of each is its comment above. Raises DataError."""
     layout = {"formatter_class": argparse.RawTextHelpFormatter, "usage": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     lines = [line for line in inspect.getsource(Settings).splitlines() if "  # " in line]
@@ -99,13 +95,13 @@ def parse_settings(arguments: list[str]) -> Settings:
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given, base = vars(parser.parse_known_args(arguments)[0]), {"options": {}}
     if given.get("resume"):
-        base |= read_json(Path(given.get("out_dir", Settings.out_dir), "run.json"))["settings"]
+        base |= read_point(Path(given.get("out_dir", Settings.out_dir)))["settings"]
     # The loss's own options are flags, too, as its signature has them.
     name = (base | given).get("loss", Settings.loss)
     try:
         loss = dpo.find_loss(name)
     except KeyError:
-        raise SettingError(f"--loss={name}: extra/objectives.py has none of that name") from None
+        raise data.DataError(f"--loss={name}: extra/objectives.py has none of that name") from None
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:
         base.setdefault("beta", beta.default)
@@ -124,17 +120,13 @@ def parse_settings(arguments: list[str]) -> Settings:
     return settings
 
 
-def read_json(path: Path) -> dict:
+def read_point(out: Path) -> dict:
+    """The state that a run left last, and its settings. Raises DataError."""
+    path = out / "resume" / "point.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise SettingError(f"--resume: no {path}, which runs with --save_every leave") from None
-
-
-def write_json(path: Path, content: dict):
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)  # a kill leaves the old one or the new one
+        raise data.DataError(f"--resume: no {path}, which runs with --save_every leave") from None
 
 
 class Run:
@@ -154,7 +146,7 @@ class Run:
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-        self.point = read_json(self.out / "resume" / "point.json") if settings.resume else {}
+        self.point = read_point(self.out) if settings.resume else {}
         if self.rank == 0:
             self.begin(dataclasses.asdict(settings))
         self.wait()
@@ -168,7 +160,8 @@ class Run:
             shutil.rmtree(self.out / "resume", ignore_errors=True)  # another run's
             self.out.mkdir(parents=True, exist_ok=True)
             metrics.write_text("")
-            write_json(self.out / "run.json", {"settings": settings, "ranks": self.world})
+            about = {"settings": settings, "ranks": self.world, "torch": torch.__version__}
+            (self.out / "run.json").write_text(json.dumps(about, indent=2) + "\n")
         if settings["wandb"] != "disabled":
             import wandb
 
@@ -259,7 +252,7 @@ def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> 
     return llm.fill(model.to_empty(device=run.device), weights)
 
 
-def save_model(model, directory: Path, run: Run):
+def save_model(model, tokenizer, directory: Path, run: Run):
     """Write a checkpoint directory, one whole weight at a time. (all ranks)"""
     s = run.settings
     if s.lora_rank:
@@ -269,8 +262,13 @@ def save_model(model, directory: Path, run: Run):
     whole = lambda parameter: parameter.full_tensor() if run.world > 1 else parameter
     weights = ((n, whole(p)) for n, p in model.named_parameters() if ".lora." not in n)
     if run.rank == 0:
-        llm.save_pretrained(model, directory, s.init_from or None, weights)
-        data.copy_tokenizer(s.init_from or s.tokenizer or run.out, directory)
+        llm.save_pretrained(model, directory, weights)
+        if tokenizer:
+            (directory / "tokenizer.model").write_bytes(tokenizer.proto)
+        with contextlib.suppress(ImportError):
+            from extra.checkpoints import complete  # what other programs want beside it
+
+            complete(directory, s.init_from, s.tokenizer)
     for _ in weights:  # the other ranks take part
         pass
     run.wait()
@@ -306,7 +304,7 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
     run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")
     if not worst <= tolerance:
         what = f"policy and reference must agree at step 0, but differ by {worst:.3g} nats"
-        raise SettingError(f"{what}: delete the reference-*.npy beside {checkpoint}")
+        raise data.DataError(f"{what}: delete the reference-*.npy beside {checkpoint}")
     return dataclasses.replace(dataset, reference=values.float().numpy())
 
 
@@ -350,7 +348,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
             speed = {f"{name}_per_second": totals.pop(name) for name in ("pairs", "tokens")}
             row = {"step": done, "epoch": done / per_epoch} | dpo.averages(totals, "train")
             if not all(map(math.isfinite, row.values())):
-                raise SettingError(f"{stage} diverged by step {done}: lower its learning rate")
+                raise data.DataError(f"{stage} diverged by step {done}: lower its learning rate")
             now = time.perf_counter()  # the numbers are here, so the GPU has done its work
             row |= {name: count / (now - since) for name, count in speed.items()}
             row |= {"train/learning_rate": rate, "peak_memory_gib": peak_memory(run.device)}
@@ -389,7 +387,10 @@ def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run:
     dcp.save(state, checkpoint_id=place, no_dist=run.world == 1)
     if run.rank == 0:
         shutil.copy(run.out / "metrics.jsonl", place)
-        write_json(place.parent / "point.json", {"stage": stage, "step": step, "state": place.name})
+        point = {"stage": stage, "step": step, "state": place.name}
+        point["settings"] = dataclasses.asdict(run.settings)
+        (place / "point.json").write_text(json.dumps(point), encoding="utf-8")
+        (place / "point.json").replace(place.parent / "point.json")
         for old in place.parent.glob("*-*"):
             if old != place:
                 shutil.rmtree(old)
@@ -427,7 +428,7 @@ def train(run: Run):
         new = llm.ModelConfig.new(*shape, max_position_embeddings=s.max_length, **ids)
     model = load_model(run, start, new)
     if vocab_size > model.config.vocab_size:
-        raise SettingError(
+        raise data.DataError(
             f"token id {vocab_size - 1} of the data is beyond the model's vocabulary"
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -435,7 +436,7 @@ def train(run: Run):
     if s.sft_epochs and not sft_done:
         both = sets["sft"], sets.get("sft eval")
         train_stage("sft", model, *both, dpo.sft_loss, s.sft_epochs, s.sft_learning_rate, run)
-        save_model(model, sft_dir if s.epochs else run.out, run)
+        save_model(model, tokenizer, sft_dir if s.epochs else run.out, run)
     if s.epochs:
         options = {"loss": dpo.find_loss(s.loss), "beta": s.beta, "sft_weight": s.sft_weight}
         loss_of = partial(dpo.preference_loss, **options, **s.options)
@@ -443,7 +444,7 @@ def train(run: Run):
         both = (sets.get(name) for name in ("pairs", "eval pairs"))
         both = [dataset and with_reference(dataset, model, checkpoint, run) for dataset in both]
         train_stage("dpo", model, *both, loss_of, s.epochs, s.learning_rate, run)
-        save_model(model, run.out, run)
+        save_model(model, tokenizer, run.out, run)
     run.say(f"saved {run.out}")
 
 
@@ -455,7 +456,7 @@ def main(arguments: list[str]):
     try:
         run = Run(parse_settings(arguments))
         train(run)
-    except (SettingError, data.DataError, llm.CheckpointError, OSError) as error:
+    except (data.DataError, llm.CheckpointError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -32,8 +32,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-from model import CheckpointError
 from extra.reward import measure_kl
+from model import CheckpointError
 from sample import draw, load, response_logps, show
 
 # What the built-in experiment changes, where the command line does not: a small model from nothing.

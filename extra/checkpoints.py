@@ -6,14 +6,20 @@ pytorch_model.bin.
 """
 
 import json
+import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from extra.chat import PLAIN_TEMPLATE
 from model import CheckpointError, ModelConfig, read_safetensors
 
+TOKENIZER_FILES = {  # that may lie beside the weights, and go where they go
+    *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json"),
+    *("chat_template.jinja", "generation_config.json"),
+}
 # What a config.json may say beyond `ModelConfig`; anything else is another model.
 IMPLEMENTED = {
     "model_type": ("llama", "mistral"),
@@ -129,3 +135,29 @@ def read_files(directory: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{file}: cannot be read ({reason})") from None
         weights |= found
     return weights
+
+
+def complete(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
+    """Put beside saved weights what other programs want there.
+
+    source: the checkpoint they come from, or nothing: all else that its config.json says, and its
+    tokenizer's files. tokenizer: where that of a new model was, if it was not trained here.
+    """
+    if source:
+        saved, given = read_json(directory / "config.json"), read_json(Path(source) / "config.json")
+        given.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
+        kind = {key: given[key] for key in ("model_type", "architectures") if key in given}
+        new = directory / "config.new"
+        new.write_text(json.dumps(given | saved | kind, indent=2) + "\n", encoding="utf-8")
+        new.replace(directory / "config.json")
+    beside = Path(source or tokenizer)
+    beside = beside if beside.is_dir() else beside.parent
+    for file in beside.iterdir() if source or tokenizer else ():
+        if file.name in TOKENIZER_FILES and file.parent != directory:
+            shutil.copy(file, directory)
+    if not (directory / "tokenizer_config.json").exists() and not source:
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+        config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config["chat_template"] = PLAIN_TEMPLATE
+        text = json.dumps(config, indent=2) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")

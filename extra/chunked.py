@@ -1,9 +1,9 @@
 """Log-probs of targets without the full logits.
 
-model.token_logps says what is computed. Here it is done in chunks of the vocabulary, and again in the
-backward pass: never more than one chunk of logits, model.MANY numbers, exists, and each row of the
-head's gradient is written once. In bf16 the logits are float32 products of bf16 inputs, which halves
-the error of a log-prob (on CUDA by one kernel, which has no derivative of its own).
+model.token_logps says what is computed. Here it is done in chunks of the vocabulary, and again in
+the backward pass: never more than one chunk of logits, model.MANY numbers, exists, and each row of
+the head's gradient is written once. In bf16 the logits are float32 products of bf16 inputs, which
+halves the error of a log-prob (on CUDA by one kernel, which has no derivative of its own).
 """
 
 import torch
@@ -25,17 +25,18 @@ class ChunkedLogps(torch.autograd.Function):
         size = -(-len(weight) // count)
         for first in range(0, len(weight), size):
             rows = slice(first, first + size)
-            logits = model.head_logits(hidden, weight[rows])
-            within = targets[:, None] - first
-            inside = (within >= 0) & (within < logits.shape[1])
-            yield rows, logits, within.clamp(0, logits.shape[1] - 1), inside
+            within, last = targets[:, None] - first, len(weight[rows]) - 1
+            inside = (within >= 0) & (within <= last)
+            # Kept by nobody here: the last logits are gone before the next are made.
+            yield rows, model.head_logits(hidden, weight[rows]), within.clamp(0, last), inside
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        target, total = 0.0, torch.tensor(-torch.inf, device=hidden.device)
+        target, total = 0.0, torch.full((), -torch.inf, device=hidden.device)
         for _, logits, within, inside in ChunkedLogps.chunks(hidden, weight, targets):
             target = torch.where(inside, logits.gather(1, within), target)  # (M, 1)
             total = torch.logaddexp(total, logits.logsumexp(1, keepdim=True))  # (M, 1)
+            del logits
         ctx.save_for_backward(hidden, weight, targets, total)
         return (target - total).squeeze(1)
 
@@ -48,7 +49,9 @@ class ChunkedLogps(torch.autograd.Function):
         for rows, logits, within, inside in ChunkedLogps.chunks(hidden, weight, targets):
             p = logits.sub_(total).exp_()
             d = p.mul_(-grad).scatter_add_(1, within, grad * inside).to(hidden.dtype)  # (M, v)
+            del p, logits
             grad_hidden += d @ weight[rows].to(d.dtype)
             if grad_weight is not None:  # each row is written once
                 grad_weight[rows] = d.T @ hidden
+            del d
         return grad_hidden.to(hidden.dtype), grad_weight, None

@@ -20,7 +20,14 @@ NEW_MODEL = {"vocab_size", "hidden_size", "num_layers", "num_heads"}
 POSITIVE = NEW_MODEL | {"beta", "batch_size", "micro_batch_tokens", "max_prompt_length"}
 POSITIVE |= {"log_every"}
 OPTIONS_ABOVE_0 = {"exo": "label_smoothing", "chipo": "gamma", "fdpo_alpha": "alpha"}
-MAY_CHANGE = {"resume", "log_every", "eval_every", "save_every", "wandb"}  # when resuming
+MAY_CHANGE = {
+    "resume",
+    "out_dir",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "wandb",
+}  # when resuming
 
 
 def check(s, given: dict, saved: dict):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 import data  # noqa: E402
+from extra import checkpoints  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 SHAPES = {  # tied and untied, multi-head and grouped-query, head_dim other than C / H
@@ -37,7 +39,10 @@ def make_model(config: ModelConfig, scale: float = 8.0) -> Transformer:
 def save_tokenizer(tokenizer: data.Tokenizer, directory) -> Path:
     """Copy a tokenizer and what belongs to it into a directory, which is made; returns it."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    data.copy_tokenizer(tokenizer.path, Path(directory))
+    (Path(directory) / "tokenizer.model").write_bytes(tokenizer.proto)
+    for name in checkpoints.TOKENIZER_FILES:
+        if (tokenizer.path.parent / name).is_file():
+            shutil.copy(tokenizer.path.parent / name, directory)
     return Path(directory)
 
 

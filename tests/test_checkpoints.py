@@ -13,6 +13,7 @@ from conftest import ROOT, SHAPES, make_model, run_script
 from test_model import sequence
 
 from extra import lora
+from extra.checkpoints import complete
 from model import (
     CheckpointError,
     ModelConfig,
@@ -89,7 +90,8 @@ def test_round_trip_and_transformers(shape, tmp_path):
         "eos_token_id": again.config.eos_token_id,
     }
     assert again.config == replace(model.config, **theirs_ids), "transformers fills in ids"
-    save_pretrained(again, tmp_path / "again", source=tmp_path / "theirs")
+    save_pretrained(again, tmp_path / "again")
+    complete(tmp_path / "again", tmp_path / "theirs")
     third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(third(torch.tensor([ids])).logits[0], ours, rtol=1e-4, atol=1e-4)
 
@@ -274,16 +276,22 @@ def test_saving_keeps_what_the_source_says(tmp_path):
         "eos_token_id": [2, 7],
     }
     (source / "config.json").write_text(json.dumps(config | extra | rope))
-    for target in (out, source):  # also over itself
-        model = load_pretrained(source)
-        assert model.config.rope_theta == 500 and model.config.eos_token_id == [2, 7]
-        save_pretrained(model, target, source=source)
-        saved = json.loads((target / "config.json").read_text())
-        expected = config | extra | {"rope_theta": 500.0, "eos_token_id": [2, 7]}
-        assert saved == expected | {"dtype": "float32", "torch_dtype": "float32"}
-        assert saved["model_type"] == "mistral" and saved["sliding_window"] == 400
-        assert load_config(target) == model.config
-        assert_same_weights(model, load_pretrained(target))
+    generation = {"eos_token_id": [2, 7, 8], "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    (source / "tokens.bin").write_text("somebody's data")
+    model = load_pretrained(source)
+    assert model.config.rope_theta == 500 and model.config.eos_token_id == [2, 7]
+    save_pretrained(model, out)
+    complete(out, source)
+    saved = json.loads((out / "config.json").read_text())
+    expected = config | extra | {"rope_theta": 500.0, "eos_token_id": [2, 7]}
+    assert saved == expected | {"dtype": "float32", "torch_dtype": "float32"}
+    assert saved["model_type"] == "mistral" and saved["sliding_window"] == 400
+    assert load_config(out) == model.config
+    assert_same_weights(model, load_pretrained(out))
+    assert json.loads((out / "generation_config.json").read_text()) == generation
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
 
 
 def test_a_source_keeps_its_architecture(tmp_path):
@@ -294,10 +302,27 @@ def test_a_source_keeps_its_architecture(tmp_path):
     save_pretrained(model, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_config(tmp_path) == model.config
-    save_pretrained(model, tmp_path / "out", source=tmp_path)
+    save_pretrained(model, tmp_path / "out")
+    complete(tmp_path / "out", tmp_path)
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (saved["model_type"], saved["architectures"]) == ("mistral", ["MistralForCausalLM"])
     assert load_config(tmp_path / "out") == model.config
+
+
+def test_a_new_tokenizer_is_saved_with_what_others_want(tokenizer, tmp_path):
+    """transformers gives the same ids, and writes chats as here."""
+    transformers = pytest.importorskip("transformers")
+    model = Transformer(replace(SHAPES["tied"], vocab_size=320, bos_token_id=1, eos_token_id=2))
+    save_pretrained(model.init_weights(0), tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.proto)
+    complete(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "The film was great."
+    assert theirs(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+    chat = [{"role": "user", "content": "2+2?"}]
+    rendered = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<s>\n\nHuman: 2+2?\n\nAssistant:"
 
 
 MISMATCH = r"weight {}: {} in the files, {} by config.json"
@@ -507,7 +532,7 @@ for source, out in zip(sys.argv[1::2], sys.argv[2::2]):
     assert sum(storage.nbytes() for storage in storages) <= 4 * allowed
     whole = ((name, p.full_tensor()) for name, p in model.named_parameters())
     if rank == 0:
-        save_pretrained(model, out, source, whole)
+        save_pretrained(model, out, whole)
     for _ in whole:  # the other ranks take part
         pass
     dist.barrier()

@@ -9,8 +9,8 @@ from conftest import SHAPES, make_model, random_dataset
 import data
 import dpo
 import model as model_module
-from extra.padded import padded_attention
-from model import Transformer, flash_attention, segment_attention, token_logps
+from extra.attention import flash_attention, padded_attention
+from model import Transformer, segment_attention, token_logps
 from sample import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

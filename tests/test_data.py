@@ -18,8 +18,8 @@ import torch
 from conftest import SHAPES, make_model, random_dataset, save_tokenizer, sequences, write_jsonl
 
 import data
-from extra import encoded
 import dpo
+from extra import encoded
 
 PAIR = {"prompt": "Q: 2+2?", "chosen": " 4", "rejected": " 5"}
 
@@ -134,9 +134,7 @@ def test_a_tokenizer_is_trained_saved_and_read_again(tokenizer, tmp_path):
     assert again.encode(text) == tokenizer.encode(text) and again.decode(again.encode(text)) == text
     assert (again.bos_id, again.eos_id, again.vocab_size) == (1, 2, 320)
     saved = {file.name for file in (tmp_path / "saved").iterdir()}
-    assert saved == {"tokenizer.model", "tokenizer_config.json"}
-    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "LlamaTokenizer" and config["eos_token"] == "</s>"
+    assert saved == {"tokenizer.model"}
     assert data.find_tokenizer(tmp_path / "saved").proto == tokenizer.proto
     assert data.find_tokenizer(tmp_path) is None, "a checkpoint that takes token ids"
     with pytest.raises(data.DataError, match="no tokenizer of 3 pieces can be trained"):

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import dpo
 import model as model_module
-from extra import padded
+from extra import attention
 from extra.chunked import ChunkedLogps
 from model import ModelConfig, Transformer, token_logps
 
@@ -80,7 +80,7 @@ SIZES = [[5, 4, 1], [1, 6, 2, 9], [30, 20, 33], [3, 1, 1], [2, 7], [1, 1], [1, 1
 
 def without_rooms(monkeypatch):
     """As if extra/ were deleted: attention segment by segment, log-probs from all logits."""
-    for room in ("padded", "chunked"):
+    for room in ("attention", "chunked"):
         monkeypatch.setitem(sys.modules, f"extra.{room}", None)
 
 
@@ -114,7 +114,7 @@ def test_all_ways_are_taken(monkeypatch):
     note = lambda name, way: lambda *a, **options: ways.append(name) or way(*a, **options)
     monkeypatch.setattr(F, "cross_entropy", note("at once", F.cross_entropy))
     monkeypatch.setattr(ChunkedLogps, "apply", note("in chunks", ChunkedLogps.apply))
-    monkeypatch.setattr(padded, "padded_attention", note("padded", padded.padded_attention))
+    monkeypatch.setattr(attention, "padded_attention", note("padded", attention.padded_attention))
     alone = note("alone", model_module.segment_attention)
     monkeypatch.setattr(model_module, "segment_attention", alone)
     expected = dpo.sequence_logps(model, everyone(dataset))

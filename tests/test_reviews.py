@@ -53,7 +53,7 @@ def test_grammar_is_exact(monkeypatch):
     )
 
     written = grammar.demonstrations(4000, "eval")
-    scores = np.array([grammar.score(e.prompt, e.chosen) for e in written])
+    scores = np.array([grammar.score(e.prompt, e.responses[0]) for e in written])
     error = scores[:, 0].std() / 4000**0.5
     assert -scores[:, 0].mean() == pytest.approx(grammar.entropy(), abs=5 * error)
     assert scores[:, 1].mean() == pytest.approx(
@@ -64,7 +64,7 @@ def test_grammar_is_exact(monkeypatch):
 def test_grammar_labels_and_acceptance():
     grammar = reviews.Reviews(seed=1)
     pairs = grammar.preferences(4000, "train")
-    gaps = np.array([grammar.score(e.prompt, e.chosen)[1] - grammar.score(e.prompt, e.rejected)[1]
+    gaps = np.array([grammar.score(e.prompt, e.responses[0])[1] - grammar.score(e.prompt, e.responses[1])[1]
                      for e in pairs])  # fmt: skip
     sizes = np.abs(gaps)
     for low, high in ((0.5, 1.5), (1.5, 3), (3, 9)):  # P(a ≻ b) = σ(r(a) − r(b))
@@ -74,7 +74,8 @@ def test_grammar_labels_and_acceptance():
         assert (gaps[here] > 0).mean() == pytest.approx(expected.mean(), abs=4 * error)
     sharp = grammar.preferences(500, "train", deterministic=True)
     assert all(
-        grammar.score(e.prompt, e.chosen)[1] > grammar.score(e.prompt, e.rejected)[1] for e in sharp
+        grammar.score(e.prompt, e.responses[0])[1] > grammar.score(e.prompt, e.responses[1])[1]
+        for e in sharp
     )
     assert pairs == reviews.Reviews(seed=1).preferences(4000, "train") != reviews.Reviews(seed=2)
     prompt = "Review of the new film Amber:"
@@ -99,9 +100,11 @@ def runs(tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
     run = lambda out, *flags: train.train(
         train.Run(train.parse_settings([*flags, f"--out_dir={out}", "--log_every=10"]))
     )
-    run(root / "sft", "--review_demonstrations=7000", "--review_pairs=1600", "--epochs=0")
+    files = reviews.write(root / "files", 0, 7000, 1600)
+    sft = [f"--data={files[2]}", "--epochs=0", "--batch_size=32", "--sft_learning_rate=4e-3"]
+    run(root / "sft", *sft)
     pairs, held_out = (
-        [row for _, row in data.read_jsonl(root / "sft" / f"{name}.jsonl")]
+        [row for _, row in data.read_jsonl(str(root / "files" / f"{name}.jsonl"))]
         for name in ("pairs", "eval")
     )
     held_out = write_jsonl(root / "eval.jsonl", held_out[:300])

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, make_model, run_script, write_jsonl
+from conftest import SHAPES, make_model, run_script, save_tokenizer, write_jsonl
 
 import data
 import sample
 from experiments import reviews
+from extra import cache, chat
 from model import ModelConfig, load_pretrained, save_pretrained
 
 ROWS = [
@@ -28,23 +29,23 @@ def checkpoints(tokenizer, tmp_path_factory):
     for n, name in enumerate(("policy", "reference")):
         torch.manual_seed(n)
         save_pretrained(make_model(config, scale=4.0).float(), where / name)
-        tokenizer.save(where / name)
+        save_tokenizer(tokenizer, where / name)
     return where / "policy", where / "reference"
 
 
 def plain_logp(model, ids: list[int], start: int) -> float:
     """log π of ids[start:] given what is before, from full logits of one sequence."""
     time = len(ids)
-    segment = torch.tensor([[0, 1, 1, time]])
+    segment = torch.tensor([[0, 0, 0, time]])
     with torch.no_grad():
-        logits = model(torch.tensor(ids), torch.arange(time), segment, torch.arange(time))
+        logits = model(torch.tensor(ids), torch.arange(time), segment)
     logps = logits.log_softmax(-1)[torch.arange(start - 1, time - 1), torch.tensor(ids[start:])]
     return logps.double().sum().item()
 
 
 def plain_rewards(checkpoints, tokenizer, example, beta: float) -> list[float]:
     policy, reference = map(load_pretrained, checkpoints)
-    prompt, *responses = data.encode_block([example], tokenizer)[0]
+    prompt, *responses = data.token_ids(example, tokenizer)
     both = [
         [plain_logp(m, prompt + r, len(prompt)) for m in (policy, reference)] for r in responses
     ]
@@ -56,7 +57,7 @@ def test_score_is_the_implicit_reward(checkpoints, tokenizer, tmp_path):
     path, out = write_jsonl(tmp_path / "pairs.jsonl", ROWS), tmp_path / "scored.jsonl"
     arguments = ["--compare", checkpoints[1], "--score", path, "--beta=0.3", "--out", out]
     printed = run_script("sample.py", checkpoints[0], *arguments).stdout
-    examples = data.load_preferences(path)
+    examples = list(data.read_preferences(path))
     expected = [plain_rewards(checkpoints, tokenizer, e, 0.3) for e in examples]
     scored = [json.loads(line) for line in out.read_text().splitlines()]
     for row, before, rewards in zip(scored, ROWS, expected):
@@ -78,7 +79,7 @@ def test_candidates_become_a_ranking(checkpoints, tokenizer, tmp_path):
     assert any(len(set(row["candidates"])) > 1 for row in rows)
     score = ["--compare", checkpoints[1], "--score", drawn, "--out", ranked]
     assert "accuracy" not in run_script("sample.py", checkpoints[0], *score).stdout
-    for example, row in zip(data.load_preferences(ranked), rows):
+    for example, row in zip(data.read_preferences(str(ranked)), rows):
         rewards = plain_rewards(checkpoints, tokenizer, example, 0.1)
         assert rewards == sorted(rewards, reverse=True) and len(rewards) == 3
         texts = [r[0]["content"] if data.is_turns(r) else r for r in example.responses]
@@ -126,10 +127,10 @@ def test_chat_renders_as_training_does(checkpoints, tokenizer, monkeypatch, caps
         sample, "generate", lambda m, p, *a, **k: seen.append(p) or generate(m, p, *a, **k)
     )
     flags = [str(checkpoints[0]), "--chat", "--system=Be brief.", "--max_new_tokens=8"]
-    sample.chat(sample.parse_arguments(flags))
+    chat.talk(sample.parse_arguments(flags), {"max_new_tokens": 8})
     first, second = (prompts[0] for prompts in seen)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello </s>"}]
-    assert first == tokenizer.encode_prompts([turns])[0]
+    assert [first] == data.token_ids(data.Example(turns, ()), tokenizer)
     assert first.count(tokenizer.eos_id) == 0, "what the user writes is never a control token"
     assert tokenizer.decode(first) == "Be brief.\n\nHuman: hello </s>\n\nAssistant:"
     assert tokenizer.decode(second).endswith("\n\nHuman: and 2+2?\n\nAssistant:")
@@ -148,8 +149,8 @@ def test_labels_of_the_grammar(tmp_path, capsys):
     ]
     path = write_jsonl(tmp_path / "candidates.jsonl", rows)
     reviews.label(path, tmp_path / "pairs.jsonl")
-    pairs = data.load_preferences(tmp_path / "pairs.jsonl")
-    assert len(pairs) == 50 and sum(e.rejected == "nonsense" for e in pairs) > 45
+    pairs = list(data.read_preferences(str(tmp_path / "pairs.jsonl")))
+    assert len(pairs) == 50 and sum(e.responses[1] == "nonsense" for e in pairs) > 45
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -158,7 +159,6 @@ def test_labels_of_the_grammar(tmp_path, capsys):
     ("--prompt=x --top_p=0", "--top_p must be"),
     ("--prompt=x --n=0", "--n must be at least 1"),
     ("--prompt=x --best_of=0", "--best_of must be at least 1"),
-    ("--bogus --prompt=x", "unrecognized arguments: --bogus"),
     ("--score=f", "name it with --compare"),
     ("--prompt=x --kl", "name it with --compare"),
     ("--prompt=x --kl --compare=y --temperature=0.5", "--temperature would be ignored: --kl needs plain"),
@@ -166,7 +166,6 @@ def test_labels_of_the_grammar(tmp_path, capsys):
     ("--prompt=x --temperature=0 --top_k=3", "--top_k would be ignored: --temperature=0 is greedy"),
     ("--score=x --compare=y --beta=-1", "--beta must be at least 0"),
     ("--score=x --compare=y --top_p=0.5", "--top_p would be ignored"),
-    ("--prompt=x --temp=1", "unrecognized arguments: --temp=1"),
     ("--chat --n=3", "--n would be ignored"),
     ("--chat --compare=y", "--compare would be ignored"),
     ("--prompt=x --system=y", "--system would be ignored"),
@@ -178,9 +177,16 @@ def test_labels_of_the_grammar(tmp_path, capsys):
     ("--score=x --compare=y --best_of=2", "--best_of would be ignored: they need prompts"),
 ])  # fmt: skip
 def test_misuse_is_refused(flags, message):
-    with pytest.raises(sample.UsageError) as error:
+    with pytest.raises(data.DataError) as error:
         sample.parse_arguments(["checkpoint", *flags.split()])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", ["--bogus --prompt=x", "--prompt=x --temp=1", "--prompt=x --n=a"])
+def test_what_is_no_flag_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_arguments(["checkpoint", *flags.split()])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_unusable_checkpoints_and_files_are_one_sentence(checkpoints, tmp_path):
@@ -211,3 +217,18 @@ def test_blocks_of_samples_are_the_samples(checkpoints, tokenizer, monkeypatch):
     assert len(trees) == 1500 and [n for n, _ in sizes] == [1000, 500]
     assert len({seed for _, seed in sizes}) == 2
     assert len(set(map(str, itertools.chain.from_iterable(trees)))) > 20
+
+
+def test_with_and_without_the_cache(checkpoints, monkeypatch):
+    """Sampling that runs everything again for each token draws the same tokens."""
+    model = load_pretrained(checkpoints[0])
+    prompts = [[5, 6, 7], [3], [9, 8, 7, 6, 5, 4, 3, 9, 10, 11]]
+    run = lambda **options: sample.generate(model, prompts, 12, 2, seed=1, **options)
+    kept = [run(), run(temperature=0), run(top_k=3, temperature=2.0)]
+    used = []
+    original = cache.KVCache.__call__
+    monkeypatch.setattr(cache.KVCache, "__call__", lambda *a: used.append(1) or original(*a))
+    assert run() == kept[0] and used
+    monkeypatch.delattr(cache, "KVCache")  # as if the room was deleted
+    used.clear()
+    assert [run(), run(temperature=0), run(top_k=3, temperature=2.0)] == kept and not used

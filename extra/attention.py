@@ -1,7 +1,7 @@
-"""Attention of packed segments anywhere but in CUDA's bf16, in few calls.
+"""Attention of packed segments in few calls.
 
-As model.segment_attention, which says what is computed; segments of like lengths are padded to the
-longest of them, and attend together. It is several times faster where segments are short.
+As model.segment_attention, which says what is computed: on CUDA in bf16 all segments in one call of
+variable lengths, anywhere else those of like lengths padded to the longest of them, one call a group.
 """
 
 import math
@@ -14,6 +14,34 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model import rows_seen
+
+
+def fast_attention(segments: Tensor, device: torch.device) -> Callable:
+    """attend(q, k, v) of segments (S, 4), as in model.py."""
+    flash = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return (flash_attention if flash else padded_attention)(segments, device)
+
+
+def flash_attention(segments: Tensor, device: torch.device) -> Callable:
+    """On CUDA, in bf16: all segments in one variable-length call, causal from the bottom right."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys = segments[:, 3], segments[:, 1] + segments[:, 3]  # of each segment
+    longest = queries.max().item(), keys.max().item()
+    bounds = [F.pad(sizes.cumsum(0), (1, 0)).int() for sizes in (queries, keys)]  # (S + 1,) each
+    pinned = [index.pin_memory() for index in (torch.cat(rows_seen(segments)), *bounds)]
+    seen, *bounds = [index.to(device, non_blocking=True) for index in pinned]
+    options = {"window_size": (-1, 0)}  # causal: nothing to the right
+    if torch.__version__ >= "2.12":
+        options["enable_gqa"] = True
+
+    def attend(q, k, v):
+        k, v = k.index_select(0, seen), v.index_select(0, seen)
+        if not options.get("enable_gqa"):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, *bounds, *longest, **options)
+
+    return attend
 
 
 def padded_attention(segments: Tensor, device: torch.device) -> Callable:
