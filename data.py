@@ -10,7 +10,7 @@ two for DPO, one for SFT, K for a ranking. One line of JSON becomes a batch like
     targets                     ▁4 [EOS]   ▁5 [EOS]
 
 The prompt's last token opens every response, whose first token it predicts. So each row of a
-response predicts one target, and the rows of prompts none. `python data.py FILE` is the data doctor.
+response predicts one target, and the rows of prompts none. As a script it is the data doctor.
 """
 
 import gzip
@@ -153,10 +153,10 @@ def plain(where: str, row: dict, kind: str) -> Example | None:
     )
 
 
-def read_examples(paths: str, kind: str) -> Iterator[tuple[dict, Example]]:
-    """The rows of files (comma-separated), one at a time, and what they are. Raises DataError.
+def read_examples(paths: str, kind: str) -> Iterator[Example]:
+    """What the rows of files (comma-separated) are, one at a time. Raises DataError.
 
-    kind: preferences; demonstrations, which preferences are, too; or prompts, which all are.
+    kind: preferences; demonstrations, of which preferences bring the best; or prompts, of any row.
     """
     for path in filter(None, paths.split(",")):
         for where, row in read_jsonl(path):
@@ -167,17 +167,11 @@ def read_examples(paths: str, kind: str) -> Iterator[tuple[dict, Example]]:
                 example = parse(where, row, kind)
             if kind == "demonstrations":
                 example = example._replace(responses=example.responses[:1])
-            yield row, example
+            yield example
 
 
 def read_preferences(paths: str) -> Iterator[Example]:
-    """The preferences in files, one at a time."""
-    return (example for _, example in read_examples(paths, "preferences"))
-
-
-def read_demonstrations(paths: str) -> Iterator[Example]:
-    """What SFT trains on: demonstrations, or the best responses of preferences."""
-    return (example for _, example in read_examples(paths, "demonstrations"))
+    return read_examples(paths, "preferences")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def dpo(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
 
 
 def find_loss(name: str) -> Callable:
-    """A loss(pairs, beta, **options) -> (P,) by its name. Raises KeyError."""
+    """A loss(pairs, beta, **options) -> (P,) by its name."""
     if name == "dpo":
         return dpo
     from extra.objectives import LOSSES  # two dozen others, of the same signature

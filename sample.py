@@ -56,18 +56,15 @@ def generate(
     prompts: token ids, at least one each, of any lengths. eos_id: one id or several. on_token: is
     called with the B ids of every step. compile: each step as one graph. shape: temperature, top_k
     and top_p of `sample_tokens`. Returns the new ids of each, ending in an `eos_id` unless cut off
-    at max_new_tokens. Raises CheckpointError beyond a sliding window.
+    at max_new_tokens. Raises DataError beyond a sliding window.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
     device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
-    window = model.config.sliding_window
-    if window and size > window:
-        raise CheckpointError(f"{size} tokens are more than the sliding window of {window}")
     generator = torch.Generator(device).manual_seed(seed)
     stops = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    next_logits, new = partial(run_again, model, [*prompts]), []
+    next_logits, new = partial(run_again, model, [[*ids] for ids in prompts]), []
     with contextlib.suppress(ImportError):
         from extra.cache import KVCache  # keys and values are kept
 
@@ -84,17 +81,16 @@ def generate(
 
 
 def run_again(model, sequences: list[list[int]], new: torch.Tensor | None) -> torch.Tensor:
-    """The logits, (B, V), of what follows the sequences, to which the new tokens, (B,), are added:
-    all of them run again, as one packed stream in which each is a prompt."""
-    for i in range(len(sequences) * (new is not None)):
-        sequences[i] = [*sequences[i], int(new[i])]
-    sizes = torch.tensor(list(map(len, sequences)))
-    ends, zero = sizes.cumsum(0), torch.zeros_like(sizes)
-    segments = torch.stack([zero, zero, ends - sizes, sizes], dim=1)  # (B, 4)
-    tokens = torch.tensor([i for ids in sequences for i in ids])
-    positions = torch.cat([torch.arange(size) for size in sizes.tolist()])
-    device = model.embed_tokens.weight.device
-    return model(tokens.to(device), positions.to(device), segments, rows=ends.to(device) - 1)
+    """The logits, (B, V), of what follows each sequence, to which first its new token is added: as
+    a stream of its own, in which it is a prompt."""
+    logits = []
+    for i, ids in enumerate(sequences):
+        if new is not None:
+            ids.append(int(new[i]))
+        tokens = torch.tensor(ids, device=model.embed_tokens.weight.device)
+        positions = torch.arange(len(ids), device=tokens.device)
+        logits.append(model(tokens, positions, torch.tensor([[0, 0, 0, len(ids)]]))[-1])
+    return torch.stack(logits)
 
 
 def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
@@ -153,7 +149,7 @@ def show(prompt, names: list[str], texts: list[str], width: int = 96):
 def read_prompts(args) -> list:
     """The prompts of --prompt and --prompts, n times each."""
     found = data.read_examples(args.prompts, "prompts")
-    prompts = args.prompt + [example.prompt for _, example in found]
+    prompts = args.prompt + [example.prompt for example in found]
     return [prompt for prompt in prompts for _ in range(args.best_of or args.n)]
 
 

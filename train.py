@@ -43,11 +43,9 @@ class Settings:
     tokenizer: str = ""  # SentencePiece model of a new model (none: trained on the data)
     out_dir: str = "out/reviews"  # directory of the run
     resume: bool = False  # continue the run in out_dir from its last saved state, by its settings
-    # objective
     loss: str = "dpo"  # or one of extra/objectives.py; its own options are flags, as --gamma=0.5
     beta: float = 0.1  # strength of the KL to the reference; some losses have another default
     sft_weight: float = 0.0  # of an added SFT term, the chosen response's NLL per token
-    # optimisation
     optimizer: str = "adamw"  # adamw, or rmsprop as in the paper
     learning_rate: float = 1e-6  # peak of the DPO stage
     sft_learning_rate: float = 1e-5  # peak of the SFT stage
@@ -61,7 +59,6 @@ class Settings:
     max_steps: int = 0  # stop each stage after so many steps; 0: run all epochs
     shuffle: bool = True  # a new order each epoch
     seed: int = 0  # of initialisation, order of the data and built-in data
-    # sizes
     max_length: int = 512  # tokens of prompt and response; a longer response loses its end
     max_prompt_length: int = 256  # tokens of the prompt; a longer one loses its beginning
     micro_batch_tokens: int = 4096  # tokens of one forward and backward pass on each rank
@@ -69,7 +66,6 @@ class Settings:
     hidden_size: int = 128  # width of a new model
     num_layers: int = 2  # layers of a new model
     num_heads: int = 4  # attention heads of a new model
-    # running
     dtype: str = "auto"  # of matrix products: bfloat16, float32; auto: bfloat16 on CUDA only
     lora_rank: int = 0  # train adapters of this rank only (extra/lora.py); 0: all weights
     compile: bool = False  # torch.compile each block
@@ -97,21 +93,16 @@ def parse_settings(arguments: list[str]) -> Settings:
     if given.get("resume"):
         base |= read_point(Path(given.get("out_dir", Settings.out_dir)))["settings"]
     # The loss's own options are flags, too, as its signature has them.
-    name = (base | given).get("loss", Settings.loss)
-    try:
-        loss = dpo.find_loss(name)
-    except KeyError:
-        raise data.DataError(f"--loss={name}: extra/objectives.py has none of that name") from None
+    loss = dpo.find_loss((base | given).get("loss", Settings.loss))
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:
         base.setdefault("beta", beta.default)
     for option in options:
+        base["options"].setdefault(option.name, option.default)
         parser.add_argument(f"--{option.name}", type=float, default=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
-    known, chosen = base | given, {}
-    for option in options:
-        default = base["options"].get(option.name, option.default)
-        chosen[option.name] = known.pop(option.name, default)
+    known = base | given
+    chosen = {name: known.pop(name, default) for name, default in base["options"].items()}
     settings = Settings(**(known | {"options": chosen}))
     with contextlib.suppress(ImportError):
         from extra.refusals import check  # what is out of range, or would be ignored
@@ -148,16 +139,15 @@ class Run:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
         self.point = read_point(self.out) if settings.resume else {}
         if self.rank == 0:
-            self.begin(dataclasses.asdict(settings))
+            self.begin_records(dataclasses.asdict(settings))
         self.wait()
 
-    def begin(self, settings: dict):
-        """Take up the records of the run that is resumed, or begin new ones."""
-        metrics = self.out / "metrics.jsonl"
+    def begin_records(self, settings: dict):
+        metrics, resume = self.out / "metrics.jsonl", self.out / "resume"
         if self.point:  # what was recorded after the state will be again
-            shutil.copy(self.out / "resume" / self.point["state"] / metrics.name, metrics)
+            shutil.copy(resume / self.point["state"] / metrics.name, metrics)
         else:
-            shutil.rmtree(self.out / "resume", ignore_errors=True)  # another run's
+            shutil.rmtree(resume, ignore_errors=True)  # another run's
             self.out.mkdir(parents=True, exist_ok=True)
             metrics.write_text("")
             about = {"settings": settings, "ranks": self.world, "torch": torch.__version__}
@@ -174,6 +164,19 @@ class Run:
         if self.world > 1:
             dist.all_reduce(values)
         return dict(zip(sums, values))
+
+    def rates(self, pairs: int, tokens: int) -> dict[str, float]:
+        """What was done a second since this was called last, and the most memory so far."""
+        now, since = time.perf_counter(), self.since
+        self.since = now
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        speed = {
+            "pairs_per_second": pairs / (now - since),
+            "tokens_per_second": tokens / (now - since),
+        }
+        return speed | {"peak_memory_gib": memory}
 
     def wait(self):
         """(all ranks)"""
@@ -202,18 +205,19 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
     with contextlib.suppress(ImportError):
         from extra.encoded import encode_once as encode  # on disk, for all ranks and when resumed
     if run.rank == 0 and not (s.init_from or s.tokenizer or run.point):
-        data.Tokenizer.train(data.read_demonstrations(s.sft_data or s.data), run.out, s.vocab_size)
+        texts = data.read_examples(s.sft_data or s.data, "demonstrations")
+        data.Tokenizer.train(texts, run.out, s.vocab_size)
     run.wait()
     tokenizer = data.find_tokenizer(s.init_from or s.tokenizer or run.out)
-    for name, paths, read, epochs in (
-        ("sft", s.sft_data or s.data, data.read_demonstrations, s.sft_epochs),
-        ("sft eval", s.eval_data, data.read_demonstrations, s.sft_epochs),
-        ("pairs", s.data, data.read_preferences, s.epochs),
-        ("eval pairs", s.eval_data, data.read_preferences, s.epochs),
+    for name, paths, kind, epochs in (
+        ("sft", s.sft_data or s.data, "demonstrations", s.sft_epochs),
+        ("sft eval", s.eval_data, "demonstrations", s.sft_epochs),
+        ("pairs", s.data, "preferences", s.epochs),
+        ("eval pairs", s.eval_data, "preferences", s.epochs),
     ):
         if paths and epochs:
-            limits = s.max_length, s.max_prompt_length
-            sets[name], counts = encode(run, name, read(paths), tokenizer, *limits)
+            inputs = data.read_examples(paths, kind), tokenizer, s.max_length, s.max_prompt_length
+            sets[name], counts = encode(run, name, *inputs)
             found = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
             run.say(f"{name}: {found} in {paths}")
     return tokenizer, sets
@@ -287,16 +291,15 @@ def micro_batches(dataset, examples, run: Run, factor: int = 1) -> Iterator[data
 
 def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dataset:
     """The data set with log π_ref of every response, computed once, by one pass. (all ranks)"""
+    count, kept = dataset.responses(), lambda compute, *_: compute()
+    with contextlib.suppress(ImportError):
+        from extra.kept import kept  # a sweep from one checkpoint computes it once
 
     def logps(examples: np.ndarray | None, factor: int) -> torch.Tensor:
         batches = micro_batches(dataset, examples, run, factor)
         with run.autocast:
-            found = dpo.reference_logps(model, batches, dataset.responses())
-        return run.total({"": found})[""].cpu()
+            return run.total({"": dpo.reference_logps(model, batches, count)})[""].cpu()
 
-    kept = lambda compute, *_: compute()
-    with contextlib.suppress(ImportError):
-        from extra.kept import kept  # a sweep from one checkpoint computes it once
     values = kept(partial(logps, None, 2), dataset, model, checkpoint, run)
     # The policy is still the reference: in the micro-batches of training they must agree, too.
     again = logps(np.arange(min(len(dataset), run.settings.batch_size)), 1)
@@ -314,7 +317,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
     SFT and DPO differ in their data and in `loss_of(log-probs, batch, mean_logratio)`, which gives
     a micro-batch's summed loss, and the sums for the metrics.
     """
-    s, totals, since = run.settings, Counter(), time.perf_counter()
+    s, totals = run.settings, Counter()
     optimizer = dpo.make_optimizer(model, s.optimizer, s.weight_decay)
     per_epoch = math.ceil(len(train) / s.batch_size)
     steps = min(epochs * per_epoch, s.max_steps or math.inf)
@@ -325,19 +328,19 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
     test = lambda: dpo.evaluate(model, micro_batches(held_out, None, run, 2), loss_of, run)
     if held_out and not first:
         run.record(stage, {"step": 0} | test())
+    run.since = time.perf_counter()
     for step in range(first, steps):
         # Which examples, and which of them here: pure functions of the step.
         epoch, within = divmod(step, per_epoch)
         if within == 0 or step == first:
             order = data.order_of(epoch, len(train), s.seed if s.shuffle else None)
         examples = order[within * s.batch_size : (within + 1) * s.batch_size]
-        batches = micro_batches(train, examples, run)
-        rate = peak * dpo.schedule(s.lr_schedule, s.warmup_steps, step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = peak * dpo.schedule(s.lr_schedule, s.warmup_steps, step, steps)
         # FSDP averages over ranks: times their number this is the sum over the step's examples,
         # divided by their number (SFT: of tokens), whatever the ranks and the micro-batches.
         scale = run.world / (len(examples) if stage == "dpo" else train.targets(examples))
+        batches = micro_batches(train, examples, run)
         sums = dpo.take_step(model, optimizer, batches, loss_of, scale, s.grad_clip, run)
         totals.update(sums | {"pairs": len(examples), "tokens": train.lengths()[examples].sum()})
         if stage == "dpo":
@@ -345,29 +348,21 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
 
         done = step + 1
         if done % s.log_every == 0 or done == steps:
-            speed = {f"{name}_per_second": totals.pop(name) for name in ("pairs", "tokens")}
-            row = {"step": done, "epoch": done / per_epoch} | dpo.averages(totals, "train")
+            pairs, tokens = totals.pop("pairs"), totals.pop("tokens")
+            row = {"step": done, "epoch": done / per_epoch, "train/learning_rate": group["lr"]}
+            row |= dpo.averages(totals, "train")  # waits for the GPU
+            row |= run.rates(pairs, tokens)
             if not all(map(math.isfinite, row.values())):
                 raise data.DataError(f"{stage} diverged by step {done}: lower its learning rate")
-            now = time.perf_counter()  # the numbers are here, so the GPU has done its work
-            row |= {name: count / (now - since) for name, count in speed.items()}
-            row |= {"train/learning_rate": rate, "peak_memory_gib": peak_memory(run.device)}
             left = (steps - done) * s.batch_size / row["pairs_per_second"]
             run.record(stage, row, f"{row['pairs_per_second']:.0f} pairs/s, {left:.0f} s left")
-            totals, since = Counter(), now
+            totals = Counter()
         paused = time.perf_counter()
         if held_out and (done == steps or (s.eval_every and done % s.eval_every == 0)):
             run.record(stage, {"step": done} | test())
         if s.save_every and done % s.save_every == 0 and done < steps:
             save_state(stage, done, model, optimizer, mean, run)
-        since += time.perf_counter() - paused
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: allocated on the GPU, or resident on the CPU (Linux counts in KiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        run.since += time.perf_counter() - paused
 
 
 def state_of(model, optimizer, mean: torch.Tensor) -> dict:
@@ -416,8 +411,6 @@ def load_state(stage: str, model, optimizer, mean: torch.Tensor, run: Run) -> in
 def train(run: Run):
     """Both stages, from the text to the final checkpoint. (all ranks)"""
     s, sft_dir = run.settings, run.out / "sft"  # the latter is what DPO starts from, if made here
-    if s.init_from:
-        llm.load_config(s.init_from)  # refuse what cannot be used before any work
     tokenizer, sets = load_data(run)
     vocab_size = 1 + max(int(dataset.tokens.max()) for dataset in sets.values())
     sft_done = run.point.get("stage") == "dpo" and s.sft_epochs > 0

@@ -269,26 +269,33 @@ def run_experiment(arguments: list[str]):
     """What `python train.py` does without --data: write the files, train on them, report."""
     import train
 
-    own = ("--eval_data", "--sft_data")
     arguments = [word for word in arguments if word != "--data=reviews"]
-    for word in arguments:
-        if word.split("=")[0] in own:
-            sys.exit(f"train.py: {word.split('=')[0]} would be ignored: reviews brings its own")
     given = {word.split("=")[0][2:] for word in arguments}
-    preset = [f"--{name}={value}" for name, value in SETTINGS.items() if name not in given]
-    out = "--out_dir=out/reviews"
-    settings = train.parse_settings(["--data=later", "--eval_data=later", out, *arguments])
-    if settings.beta != train.Settings.beta:  # that of --loss, or of the run that is resumed
-        preset = [word for word in preset if not word.startswith("--beta=")]
-    out = Path(settings.out_dir)
-    if os.environ.get("RANK", "0") == "0" and not settings.resume:
-        write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
-    files = {"data": "pairs", "eval_data": "eval"}
-    if settings.sft_epochs:
-        files["sft_data"] = "sft"
-    files = [f"--{name}={out / file}.jsonl" for name, file in files.items()]
-    train.main([*preset, *files, f"--out_dir={out}", *arguments])
-    if os.environ.get("RANK", "0") == "0" and settings.epochs:
+    for name in given & {"eval_data", "sft_data"}:
+        sys.exit(f"train.py: --{name} would be ignored: the built-in experiment brings its own")
+    later = [] if "resume" in given else ["--data=later", "--eval_data=later"]
+    out = [] if "out_dir" in given else ["--out_dir=out/reviews"]
+    try:
+        settings = train.parse_settings([*later, *out, *arguments])
+    except (data.DataError, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    out, first = Path(settings.out_dir), os.environ.get("RANK", "0") == "0"
+    if settings.resume:
+        train.main([f"--data={settings.data}", *arguments])
+    else:
+        if first:
+            write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
+        files = {"data": "pairs", "eval_data": "eval", "sft_data": "sft"}
+        unused = set() if settings.sft_epochs else {"sft_data", "sft_learning_rate"}
+        unused |= set() if settings.epochs else {"beta", "learning_rate"}
+        if settings.beta != train.Settings.beta:  # the loss has its own
+            unused.add("beta")
+        flags = SETTINGS | {name: out / f"{file}.jsonl" for name, file in files.items()}
+        flags = {name: x for name, x in flags.items() if name not in given | unused}
+        flags = [f"--{name}={x}" for name, x in flags.items()]
+        train.main([*flags, f"--out_dir={out}", *arguments])
+    if first and settings.epochs:
         report(out, out / "sft" if settings.sft_epochs else settings.init_from)
 
 

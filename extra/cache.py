@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Transformer
+from model import CheckpointError, Transformer
 
 
 class KVCache:
@@ -24,6 +24,9 @@ class KVCache:
         """size: slots, as many as the longest sequence may have tokens. compile: run each new token
         as one graph, of one shape, by torch.compile."""
         c, weight = model.config, model.embed_tokens.weight
+        if c.sliding_window and size > c.sliding_window:
+            beyond = f"{size} tokens are more than the sliding window of {c.sliding_window}"
+            raise CheckpointError(f"{beyond}, and attention with a window is not implemented here")
         shape = c.num_hidden_layers, 2, len(prompts), size, c.num_key_value_heads, c.head_dim
         self.model, self.compile, self.size = model, compile, size
         self.stored = weight.new_zeros(shape)  # keys and values of each layer

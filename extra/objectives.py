@@ -23,7 +23,13 @@ from torch.nn.functional import logsigmoid, relu
 from data import DataError
 from dpo import dpo
 
-LOSSES = {"dpo": dpo}
+
+class Table(dict):
+    def __missing__(self, name: str):
+        raise DataError(f"--loss={name}: extra/objectives.py has none of that name")
+
+
+LOSSES = Table(dpo=dpo)  # name -> function
 
 
 def loss(function):

@@ -104,7 +104,8 @@ def score(args):
     """Implicit rewards of the responses in a file. Of preferences also their accuracy; candidates
     are written as a ranking, best first, which train.py takes as --data."""
     policy, reference, tokenizer = load_both(args)
-    rows, examples = zip(*data.read_examples(args.score, "prompts"))
+    examples = list(data.read_examples(args.score, "prompts"))
+    rows = [row for path in args.score.split(",") for _, row in data.read_jsonl(path)]
     for example in examples:
         if not example.responses:
             raise data.DataError(f"{example.where}: has no response that could be scored")

@@ -136,7 +136,7 @@ def test_chat_templates(tokenizer, tmp_path, name):
 
     # All answers of a conversation: only they are learnt, each with what ends it.
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": conversation}])
-    dataset, _ = data.encode(data.read_demonstrations(path), t, 512, 256)
+    dataset, _ = data.encode(data.read_examples(path, "demonstrations"), t, 512, 256)
     head, response = sequences(dataset)
     runs = itertools.groupby(response, lambda i: i >= 0)
     learnt = ["".join(spelled(t, run)) for kept, run in runs if kept]

@@ -249,10 +249,8 @@ def test_plain_files(tmp_path):
         assert [e[:2] for e in found] == [pair[:2], other[:2]]
     assert found[1].where == f"{marked}:3", "blank lines count as lines"
     sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "response": "r"}, PAIR])
-    found = list(data.read_demonstrations(f"{sft},{path}"))
+    found = list(data.read_examples(f"{sft},{path}", "demonstrations"))
     assert [e.responses for e in found] == [("r",), (" 4",), (" 4",), ("Ünï",)]
-    rows = [row for row, _ in data.read_examples(path, "preferences")]
-    assert rows[0] == PAIR | {"id": 7}, "the row comes along, with what nobody asked for"
     assert list(data.read_preferences("")) == []
 
 

@@ -33,7 +33,7 @@ def test_files_of_pairs_rankings_and_demonstrations(tmp_path):
     assert plain[:5] == ("Q: 2+2?", (" 4", " 5"), f"{path}:3", 1.0, 1.0)
     assert repr(formats.parse(plain.where, PAIR, "preferences")) == repr(plain), "as data.plain"
     sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "p", "response": "r", "weight": 3}, PAIR])
-    found = list(data.read_demonstrations(sft))
+    found = list(data.read_examples(sft, "demonstrations"))
     assert [(e.responses, e.weight) for e in found] == [(("r",), 3.0), ((" 4",), 1.0)]
 
 
@@ -72,7 +72,9 @@ def test_soft_labels_and_margins_reach_the_batch(tmp_path):
     assert batch.weights.tolist() == [1, 2, 2, 2, 2, 1]
     assert not data.collate(dataset, np.array([1, 3])).soft
     sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": [5], "response": [6], "soft_label": 9}])
-    assert len(list(data.read_demonstrations(sft))) == 1, "in demonstrations they are other fields"
+    assert len(list(data.read_examples(sft, "demonstrations"))) == 1, (
+        "in demonstrations they are other fields"
+    )
 
 
 ASKED, YES, NO = turns("s: be brief | u: hi | a: lo | u: 2+2?"), turns("a: 4"), turns("a: 5")
@@ -142,7 +144,9 @@ def test_public_formats_as_distributed(tmp_path):
     expected = [(p, r) for _, p, r in FORMATS]
     assert contents(read(tmp_path, *(row for row, _, _ in FORMATS))) == expected
     path = write_jsonl(tmp_path / "sft.jsonl", [row for row, _, _ in SFT_FORMATS])
-    assert contents(data.read_demonstrations(path)) == [(p, r) for _, p, r in SFT_FORMATS]
+    assert contents(data.read_examples(path, "demonstrations")) == [
+        (p, r) for _, p, r in SFT_FORMATS
+    ]
 
 
 def test_a_prompt_can_be_taken_from_any_row():
@@ -159,13 +163,12 @@ def test_the_three_readers_take_rows_of_either_file(tmp_path):
     """Through data.read_examples, plain rows and others, in one file."""
     rows = [PAIR, PROMPTS[0][0], {"prompt": "p"}, {"prompt": "p", "response": "r"}, FORMATS[0][0]]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
-    given, found = zip(*data.read_examples(path, "prompts"))
-    assert list(given) == rows
+    found = list(data.read_examples(path, "prompts"))
     responses = [(" 4", " 5"), ("a", "b", "a"), (), ("r",), FORMATS[0][2]]
     assert [e.responses for e in found] == responses
     assert [e.where for e in found] == [f"{path}:{n}" for n in range(1, 6)]
     with pytest.raises(data.DataError, match="x.jsonl:2: field 'response' is missing"):
-        list(data.read_demonstrations(path))
+        list(data.read_examples(path, "demonstrations"))
 
 
 NO_NUMBER = (True, "1", math.inf, -math.inf, math.nan, 2e6, 10**400, [1])

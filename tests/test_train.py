@@ -104,8 +104,20 @@ def test_the_built_in_experiment_end_to_end(tmp_path, monkeypatch, capsys):
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert settings["beta"] == reviews.SETTINGS["beta"] == 1
     assert settings["sft_learning_rate"] == reviews.SETTINGS["sft_learning_rate"]
-    train.main([*tiny, f"--out_dir={tmp_path}", "--loss=simpo", "--epochs=1", "--max_steps=1"])
+    train.main([*tiny, f"--out_dir={tmp_path}", "--loss=simpo", "--max_steps=2", "--save_every=1"])
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["beta"] == 2
+    before, _ = weights(tmp_path), (tmp_path / "model.safetensors").unlink()
+    train.main(["--resume", f"--out_dir={tmp_path}"])
+    assert all(torch.equal(x, weights(tmp_path)[name]) for name, x in before.items())
+    again = [f"--init_from={tmp_path / 'sft'}", f"--out_dir={tmp_path / 'again'}"]
+    train.main([*again, "--sft_epochs=0", "--batch_size=8", "--beta=0.3"])
+    train.main(["--epochs=0", *tiny, f"--out_dir={tmp_path / 'alone'}"])
+    assert "R*(KL)" in capsys.readouterr().out
+    for wrong in ("--beta=-1", "--loss=nope"):
+        with pytest.raises(SystemExit):
+            train.main([wrong])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "--loss=nope: extra/objectives.py has none" in errors[1]
 
 
 def test_reference_is_reused_and_checked(done, files, tmp_path):
@@ -237,9 +249,9 @@ def test_a_steps_gradient_is_the_sum_over_its_examples_by_their_number(files, tm
         for r in read_metrics(tmp_path / "out")
         if "train/loss" in r
     }
-    kinds = {"sft": (few[2], data.read_demonstrations), "dpo": (few[0], data.read_preferences)}
-    for stage, (flag, read) in kinds.items():
-        dataset, _ = data.encode(read(flag.split("=")[1]), tokenizer, 512, 256)
+    kinds = {"sft": (few[2], "demonstrations"), "dpo": (few[0], "preferences")}
+    for stage, (flag, kind) in kinds.items():
+        dataset, _ = data.encode(data.read_examples(flag.split("=")[1], kind), tokenizer, 512, 256)
         model = load_pretrained(tmp_path / "out" / "sft")  # SFT hardly moved it
         batch = data.collate(dataset, np.arange(8))
         logps = dpo.sequence_logps(model, batch)
@@ -516,7 +528,7 @@ def test_more_misuse_is_refused(files, tmp_path, capsys):
     with pytest.raises(data.DataError, match="not a SentencePiece model"):
         train_here(tmp_path / "out", *files, f"--tokenizer={tmp_path}/junk.model", small=small)
     for flag in ("--eval_data=x", "--sft_data=x"):
-        with pytest.raises(SystemExit, match="reviews brings its own"):
+        with pytest.raises(SystemExit, match="the built-in experiment brings its own"):
             train.main([flag])
     for flags, message in (
         ([], "give --prompt"), (["--bogus", "--prompt=x"], "unrecognized"),
