@@ -13,6 +13,7 @@ The prompt's last token opens every response, whose first token it predicts. So 
 response predicts one target, and the rows of prompts none. As a script it is the data doctor.
 """
 
+import functools
 import gzip
 import heapq
 import io
@@ -41,11 +42,9 @@ class DataError(ValueError):
 
 class Tokenizer:
     """A SentencePiece model, with the one rule that DPO needs: responses continue their prompt.
-
     Prompt and response are encoded apart and joined, so that a prompt's ids never depend on its
     response, and `decode(prompt_ids + response_ids) == prompt + response` (for models without text
-    normalisation, as Llama's, and texts without ▁, their space). Text never yields control ids.
-    """
+    normalisation, as Llama's, and texts without ▁, their space). Text never yields control ids."""
 
     # Protobuf messages concatenate by merging: this sets normalizer_spec.add_dummy_prefix and
     # remove_extra_whitespaces to false, for a second processor that invents and removes no space.
@@ -77,8 +76,7 @@ class Tokenizer:
     def train(examples: Iterable["Example"], directory: Path, vocab_size: int):
         """Train a byte-fallback BPE tokenizer, lossless as Llama's, and write it to a directory."""
         contents = (content for e in examples for content in (e.prompt, *e.responses))
-        turns = (t for c in contents for t in (c if is_turns(c) else [{"content": c}]))
-        texts = (turn["content"] for turn in turns)
+        texts = (t["content"] for c in contents for t in (c if is_turns(c) else [{"content": c}]))
         options = {"vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True}
         options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
         options |= {"hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2}
@@ -121,6 +119,15 @@ class Example(NamedTuple):
     margin: float = math.nan  # by how much, for the losses that ask; nan: not known
 
 
+def read_point(out: Path) -> dict:
+    """The state that the run in a directory left last, and its settings. Raises DataError."""
+    path = out / "resume" / "point.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{path}: cannot be read: --save_every leaves a state to resume") from None
+
+
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped."""
     where, empty = path, True
@@ -154,10 +161,8 @@ def plain(where: str, row: dict, kind: str) -> Example | None:
 
 
 def read_examples(paths: str, kind: str) -> Iterator[Example]:
-    """What the rows of files (comma-separated) are, one at a time. Raises DataError.
-
-    kind: preferences; demonstrations, of which preferences bring the best; or prompts, of any row.
-    """
+    """What the rows of files (comma-separated) are, one at a time. Raises DataError. kind:
+    preferences; demonstrations, of which preferences bring the best; or prompts, of any row."""
     for path in filter(None, paths.split(",")):
         for where, row in read_jsonl(path):
             example = plain(where, row, kind)
@@ -170,8 +175,7 @@ def read_examples(paths: str, kind: str) -> Iterator[Example]:
             yield example
 
 
-def read_preferences(paths: str) -> Iterator[Example]:
-    return read_examples(paths, "preferences")
+read_preferences = functools.partial(read_examples, kind="preferences")
 
 
 @dataclass(frozen=True)
@@ -185,20 +189,18 @@ class Dataset:
     facts: np.ndarray  # (examples, 3) float32: weight, label and margin of an Example
     reference: np.ndarray | None = None  # (responses,) log π_ref of each, once it is known
 
-    def __len__(self) -> int:
-        return len(self.facts)
+    __len__ = lambda self: len(self.facts)
+    responses = lambda self: int(self.trees[-1]) - len(self)  # how many, of all examples
 
     def __getitem__(self, e: int) -> list[slice]:
         """Where in `tokens` an example's prompt and its responses are."""
         bounds = self.offsets[self.trees[e] : self.trees[e + 1] + 1].tolist()
         return list(map(slice, bounds, bounds[1:]))
 
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Rows that each example brings into the stream, (examples,)."""
         return np.diff(self.offsets[self.trees]) - 1  # a prompt's last token opens the responses
-
-    def responses(self) -> int:
-        return int(self.trees[-1]) - len(self)
 
     def targets(self, examples: np.ndarray) -> int:
         """Learnt tokens of all responses of the examples."""
@@ -234,14 +236,14 @@ def fit(tree: list[list[int]], max_length: int, max_prompt: int, counts: Counter
     room = max(max_length - min(len(prompt), max_prompt), 0)
     distinct = list(dict.fromkeys(map(tuple, responses)))
     cut = list(dict.fromkeys(ids[:room] for ids in distinct))  # what is cut has no EOS
-    wrong = {
+    spoilt = {
         "empty response": not all(responses),
         "identical responses": len(distinct) < min(2, len(responses)),
         "no room for a response": any(max(ids, default=-1) < 0 for ids in cut),
         "identical once cut": len(cut) < len(distinct),
     }
-    for reason in [reason for reason, applies in wrong.items() if applies][:1]:
-        counts[f"dropped: {reason}"] += 1
+    if any(spoilt.values()):
+        counts[f"dropped: {max(spoilt, key=spoilt.get)}"] += 1  # the first that applies
         return None
     counts["repeated responses left out"] += len(responses) - len(distinct)
     counts["responses cut"] += sum(len(ids) > room for ids in distinct)
@@ -268,13 +270,10 @@ def to_dataset(trees: Iterable[list[list[int]]], facts: list | None = None) -> D
 def encode(
     examples: Iterable[Example], tokenizer: Tokenizer | None, max_length: int, max_prompt: int
 ) -> tuple[Dataset, Counter]:
-    """Encode, cut what is too long, drop what that spoils, and count both.
-
-    A prompt over `max_prompt` tokens (BOS included) loses its beginning, keeping BOS. A response
-    that would pass `max_length` together with its prompt loses its end, and has no EOS then.
-    Examples with an empty response, without room for one, or without two that differ (or where the
-    cut makes two the same) are dropped. Raises DataError if none remain.
-    """
+    """Encode, cut what is too long, drop what that spoils, and count both. A prompt over
+    `max_prompt` tokens (BOS included) loses its beginning, keeping BOS. A response that would pass
+    `max_length` together with its prompt loses its end, and has no EOS then. Raises DataError if no
+    example remains."""
     counts, facts = Counter(examples=0), []
 
     def trees():
@@ -321,11 +320,9 @@ class Batch:
 
 
 def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
-    """Pack the examples (indices) into one stream.
-
-    Without any, a rank that has no work in this round gets a stand-in: an example of weight 0, of
-    which nothing is learnt, so that it takes part in every collective and adds nothing.
-    """
+    """Pack the examples (indices) into one stream. Without any, a rank that has no work in this
+    round gets a stand-in: an example of weight 0, of which nothing is learnt, so that it takes part
+    in every collective and adds nothing."""
     real = len(examples) > 0
     examples = examples if real else np.array([0])
     tokens, positions, segments, trunks, start = [], [], [], [], 0
@@ -354,7 +351,6 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
             learnt.append(real * dataset.learnt[response])
             ids.append(dataset.trees[e] - e + n)
             start += size
-
     integers = lambda values: torch.from_numpy(np.asarray(values, np.int64))
     floats = lambda values: torch.from_numpy(np.asarray(values, np.float32))
     pairs, facts = integers(pairs).reshape(-1, 2), floats(facts).reshape(-1, 3)
@@ -379,12 +375,9 @@ def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
 
 
 def pack(lengths: np.ndarray, examples: np.ndarray, budget: int, world_size: int) -> list[list]:
-    """Spread the examples of one step over ranks and micro-batches, as evenly as lengths allow.
-
-    Returns [rank][micro-batch] -> indices; the same number of micro-batches on every rank, as few
-    as keep each within `budget` rows (an example longer than that runs alone); some may be empty.
-    Longest first to the least loaded (Graham's LPT rule).
-    """
+    """Spread the examples of one step over ranks and micro-batches evenly, longest first to the
+    least loaded (Graham's LPT rule). Returns [rank][micro-batch] -> indices: on every rank as many,
+    as few as keep each within `budget` rows (a longer example runs alone); some may be empty."""
     order = examples[np.argsort(-lengths[examples], kind="stable")]
     count = max(1, math.ceil(lengths[order].sum() / (budget * world_size)))
     while True:

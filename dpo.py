@@ -41,11 +41,6 @@ class Pairs(NamedTuple):
     b = property(lambda self: self.rejected - self.ref_rejected)
     h = property(lambda self: self.a - self.b)
 
-    def swapped(self) -> "Pairs":
-        """The same pairs, had the other response been preferred."""
-        chosen, rejected, ref_chosen, ref_rejected, length, other, margin, mean = self
-        return Pairs(rejected, chosen, ref_rejected, ref_chosen, other, length, -margin, mean)
-
 
 def dpo(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Eq. 7, (P,). With label_smoothing ε > 0 conservative DPO: labels are flipped with rate ε.
@@ -67,10 +62,8 @@ def find_loss(name: str) -> Callable:
 
 
 def sequence_logps(model, batch) -> Tensor:
-    """log π(y|x) in nats of every response in the batch, (N,): the sum over its tokens.
-
-    In float64, as float32 would cost ten times what all that went before did.
-    """
+    """log π(y|x) in nats of every response in the batch, (N,): the sum over its tokens. In float64,
+    as float32 would cost ten times what all that went before did."""
     logps = model(batch.tokens, batch.positions, batch.segments, batch.targets)  # (M,)
     sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logps.device)
     return sums.index_add(0, batch.response, (logps * batch.learnt).double()).to(logps.dtype)
@@ -86,18 +79,18 @@ def preference_loss(
     logps: Tensor, batch, mean_logratio=0.0, *, loss, beta: float, sft_weight=0.0, **options
 ) -> tuple[Tensor, dict]:
     """The loss of a micro-batch, and what is logged: both are sums over its pairs by their weights.
-
     The first is to be divided by the examples of the whole step, the others by `count`. Names and
     definitions are TRL's where it has them. loss: of find_loss. sft_weight: α of an added α·NLL of
-    the chosen response, a mean over its tokens (RPO, 2404.19733 Eq. 1).
-    """
+    the chosen response, a mean over its tokens (RPO, 2404.19733 Eq. 1)."""
     w, l = batch.chosen, batch.rejected  # noqa: E741
     size, ref = batch.lengths.to(logps.dtype), batch.reference
     both = logps[w], logps[l], ref[w], ref[l], size[w], size[l]
     pairs = Pairs(*both, batch.margins, mean_logratio)
     losses = loss(pairs, beta=beta, **options)  # (P,)
-    if batch.soft:  # chosen is better with probability p only: the expectation over the label
-        flipped = loss(pairs.swapped(), beta=beta, **options)
+    if batch.soft:  # chosen is better with some probability only: the expectation over the label
+        from extra.objectives import swapped
+
+        flipped = loss(swapped(pairs), beta=beta, **options)
         losses = batch.labels * losses + (1 - batch.labels) * flipped
     if sft_weight:
         losses = losses - sft_weight * pairs.chosen / pairs.chosen_length
@@ -121,10 +114,8 @@ def preference_loss(
 
 @torch.no_grad()
 def reference_logps(model, batches: Iterable, responses: int) -> Tensor:
-    """log π_ref of the batches' responses, (responses,) in float64, 0 of those in none of them.
-
-    By the same function as in training, under the same autocast.
-    """
+    """log π_ref of the batches' responses, (responses,) in float64, 0 of those in none of them. By
+    the same function as in training, under the same autocast."""
     values = torch.zeros(responses, dtype=torch.float64)
     for batch in batches:  # of a stand-in it is 0
         values[batch.ids] += sequence_logps(model, batch).double().cpu()
@@ -140,9 +131,6 @@ def averages(sums: dict, prefix: str) -> dict[str, float]:
 def mean_logratio(sums: dict, beta: float) -> Tensor:
     """The mean log-ratio of all responses of a step, of its sums."""
     return (sums["rewards/chosen"] + sums["rewards/rejected"]) / (2 * beta * sums["count"] + 1e-12)
-
-
-# The step. It is the same for SFT and DPO, which differ in what `loss_of(logps, batch)` is.
 
 
 def make_optimizer(model, name: str = "adamw", weight_decay: float = 0.0):
@@ -178,10 +166,8 @@ def evaluate(model, batches: Iterable, loss_of, run) -> dict[str, float]:
 
 
 def take_step(model, optimizer, batches: Iterable, loss_of, scale: float, clip: float, run) -> dict:
-    """Forward, loss, backward for each micro-batch; clip; step. (all ranks)
-
-    scale: of the summed losses. Returns the sums for the metrics, over all ranks.
-    """
+    """Forward, loss, backward for each micro-batch; clip; step. (all ranks) scale: of the summed
+    losses. Returns the sums for the metrics, over all ranks."""
     sums = Counter()
     for batch in batches:
         with run.autocast:

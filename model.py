@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-
-
 MANY = 2**24  # logits at a time: 64 MiB of float32
 
 
@@ -225,10 +223,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, positions, attention, targets=None, rows=None):
         """Log-probs of the targets, (M,), in nats; they are predicted by the stream's last M rows.
-
         tokens, positions: (T,). attention: segments (S, 4), prompts before responses; or, when
-        sampling, what attends in each layer. Without targets: logits of the given rows, (·, V).
-        """
+        sampling, what attends in each layer. Without targets: logits of the given rows, (·, V)."""
         x = self.embed_tokens(tokens)  # (T, C)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # also where FSDP gathers bf16
         cos, sin = rotary(positions, self.config, x.dtype)
@@ -254,6 +250,18 @@ class Transformer(nn.Module):
         return token_logps(self.norm(x), weight, targets)
 
 
+def shard(model: Transformer, device: str, world_size: int, gathered: torch.dtype | None):
+    """FSDP2: each rank keeps its rows of every weight, which are gathered, in that precision, where
+    a block runs; gradients are summed in float32. (all ranks)"""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device, (world_size,))
+    precision = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    for module in (*model.layers, model):  # the root, too, frees its weights after a forward
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
 def describe(config: ModelConfig) -> dict:
     """The content of `config.json`."""
     kind = "Mistral" if config.sliding_window else "Llama"
@@ -265,8 +273,6 @@ def describe(config: ModelConfig) -> dict:
 def load_config(directory: str | Path) -> ModelConfig:
     """Read `config.json`. Raises CheckpointError naming what is missing or not implemented."""
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not found; a checkpoint directory has one")
     with contextlib.suppress(ImportError):
         from extra.checkpoints import translate  # other programs', and what is wrong with one
 
@@ -310,9 +316,7 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def fill(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
     """Copy weights into the model's parameters, or, where those are sharded, this rank's rows.
-
-    Raises CheckpointError naming a weight that is missing, unexpected or misshaped.
-    """
+    Raises CheckpointError naming a weight that is missing, unexpected or misshaped."""
     parameters = dict(model.named_parameters())
     shapes = lambda tensors: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, _ in shapes(weights).items() ^ shapes(parameters).items():
@@ -339,10 +343,8 @@ def load_pretrained(directory: str | Path) -> Transformer:
 @torch.no_grad()
 def save_pretrained(model: Transformer, directory: str | Path, weights=None):
     """Write a checkpoint directory in the Llama layout, in float32, one weight after another.
-
     weights: names and values of all parameters, where the model's own are sharded. A kill leaves
-    the old checkpoint, or one without config.json, which nothing opens, but never a mixture.
-    """
+    the old checkpoint, or one without config.json, which nothing opens, but never a mixture."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     header, end = {"__metadata__": {"format": "pt"}}, 0

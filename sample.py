@@ -9,7 +9,6 @@
     python sample.py out/mine --compare=REF --prompts=… --kl           KL(π‖π_ref)
 
 REF is the reference: the checkpoint that DPO started from (out/mine/sft, if it was made there).
-Shapes: B sequences, t new tokens of each, else as in model.py.
 """
 
 import argparse
@@ -51,15 +50,12 @@ def sample_tokens(logits, generator, temperature: float = 1.0, top_k: int = 0, t
 def generate(
     model, prompts: list, max_new_tokens: int, eos_id, seed=0, on_token=None, compile=False, **shape
 ) -> list[list[int]]:
-    """Sample one continuation of every prompt; temperature 0 is greedy.
-
-    prompts: token ids, at least one each, of any lengths. eos_id: one id or several. on_token: is
-    called with the B ids of every step. compile: each step as one graph. shape: temperature, top_k
-    and top_p of `sample_tokens`. Returns the new ids of each, ending in an `eos_id` unless cut off
-    at max_new_tokens. Raises DataError beyond a sliding window.
-    """
-    if not prompts or not all(prompts):
-        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    """Sample one continuation of every prompt; temperature 0 is greedy. prompts: token ids, at
+    least one each, of any lengths. eos_id: one id or several. on_token: is called with the B ids of
+    every step. compile: each step as one graph. shape: temperature, top_k and top_p of
+    `sample_tokens`. Returns the new ids of each, ending in an `eos_id` unless cut off at
+    max_new_tokens. Raises DataError beyond a sliding window."""
+    assert prompts and all(prompts), "at least one prompt, and at least one token in each"
     device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
     generator = torch.Generator(device).manual_seed(seed)
     stops = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
@@ -100,9 +96,7 @@ def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
 
 def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options) -> list:
     """[prompt, response] as ids: one sample for each prompt, text or conversation; see `generate`.
-
-    In blocks whose cached keys and values stay within 4 GiB.
-    """
+    In blocks whose cached keys and values stay within 4 GiB."""
     if tokenizer is None:
         raise data.DataError("sampling needs a tokenizer.model in the checkpoint")
     encoded = [data.token_ids(data.Example(p, ()), tokenizer)[0] for p in prompts]
@@ -123,7 +117,7 @@ def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options)
 def response_logps(model, dataset: data.Dataset) -> np.ndarray:
     """log π(y|x) of every response of a data set, (responses,) in nats."""
     device = model.embed_tokens.weight.device
-    [plan] = data.pack(dataset.lengths(), np.arange(len(dataset)), 8192, 1)
+    [plan] = data.pack(dataset.lengths, np.arange(len(dataset)), 8192, 1)
     batches = (data.collate(dataset, examples).to(device) for examples in plan)
     return dpo.reference_logps(model, batches, dataset.responses()).numpy()
 

@@ -91,7 +91,7 @@ def parse_settings(arguments: list[str]) -> Settings:
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given, base = vars(parser.parse_known_args(arguments)[0]), {"options": {}}
     if given.get("resume"):
-        base |= read_point(Path(given.get("out_dir", Settings.out_dir)))["settings"]
+        base |= data.read_point(Path(given.get("out_dir", Settings.out_dir)))["settings"]
     # The loss's own options are flags, too, as its signature has them.
     loss = dpo.find_loss((base | given).get("loss", Settings.loss))
     _, beta, *options = inspect.signature(loss).parameters.values()
@@ -111,20 +111,12 @@ def parse_settings(arguments: list[str]) -> Settings:
     return settings
 
 
-def read_point(out: Path) -> dict:
-    """The state that a run left last, and its settings. Raises DataError."""
-    path = out / "resume" / "point.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise data.DataError(f"--resume: no {path}, which runs with --save_every leave") from None
-
-
 class Run:
     """This process: its settings, rank, device and precision, and where rank 0 reports."""
 
     def __init__(self, settings: Settings):
         self.settings, self.out, self.wandb = settings, Path(settings.out_dir), None
+        self.config = dataclasses.asdict(settings)
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
@@ -137,12 +129,12 @@ class Run:
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-        self.point = read_point(self.out) if settings.resume else {}
+        self.point = data.read_point(self.out) if settings.resume else {}
         if self.rank == 0:
-            self.begin_records(dataclasses.asdict(settings))
+            self.begin_records()
         self.wait()
 
-    def begin_records(self, settings: dict):
+    def begin_records(self):
         metrics, resume = self.out / "metrics.jsonl", self.out / "resume"
         if self.point:  # what was recorded after the state will be again
             shutil.copy(resume / self.point["state"] / metrics.name, metrics)
@@ -150,13 +142,13 @@ class Run:
             shutil.rmtree(resume, ignore_errors=True)  # another run's
             self.out.mkdir(parents=True, exist_ok=True)
             metrics.write_text("")
-            about = {"settings": settings, "ranks": self.world, "torch": torch.__version__}
+            about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
             (self.out / "run.json").write_text(json.dumps(about, indent=2) + "\n")
-        if settings["wandb"] != "disabled":
+        if self.settings.wandb != "disabled":
             import wandb
 
             where = {"project": "dpo", "name": self.out.name, "dir": self.out}
-            self.wandb = wandb.init(**where, mode=settings["wandb"], config=settings)
+            self.wandb = wandb.init(**where, mode=self.settings.wandb, config=self.config)
 
     def total(self, sums: dict) -> dict[str, torch.Tensor]:
         """The sums over the ranks, in one all_reduce, in float64. (all ranks)"""
@@ -165,18 +157,12 @@ class Run:
             dist.all_reduce(values)
         return dict(zip(sums, values))
 
-    def rates(self, pairs: int, tokens: int) -> dict[str, float]:
-        """What was done a second since this was called last, and the most memory so far."""
-        now, since = time.perf_counter(), self.since
-        self.since = now
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**30
-        speed = {
-            "pairs_per_second": pairs / (now - since),
-            "tokens_per_second": tokens / (now - since),
-        }
-        return speed | {"peak_memory_gib": memory}
+    def rates(self, counts: dict) -> dict[str, float]:
+        """What was done a second since this was called last, and the most memory so far, in GiB."""
+        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
+        rates = {f"{name}_per_second": float(n) / seconds for name, n in counts.items()}
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
+        return rates | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 or resident}
 
     def wait(self):
         """(all ranks)"""
@@ -205,8 +191,8 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
     with contextlib.suppress(ImportError):
         from extra.encoded import encode_once as encode  # on disk, for all ranks and when resumed
     if run.rank == 0 and not (s.init_from or s.tokenizer or run.point):
-        texts = data.read_examples(s.sft_data or s.data, "demonstrations")
-        data.Tokenizer.train(texts, run.out, s.vocab_size)
+        examples = data.read_examples(s.sft_data or s.data, "demonstrations")
+        data.Tokenizer.train(examples, run.out, s.vocab_size)
     run.wait()
     tokenizer = data.find_tokenizer(s.init_from or s.tokenizer or run.out)
     for name, paths, kind, epochs in (
@@ -218,41 +204,29 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
         if paths and epochs:
             inputs = data.read_examples(paths, kind), tokenizer, s.max_length, s.max_prompt_length
             sets[name], counts = encode(run, name, *inputs)
-            found = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-            run.say(f"{name}: {found} in {paths}")
+            found = [f"{count:,} {what}" for what, count in counts.items() if count]
+            run.say(f"{name}: {', '.join(found)} in {paths}")
     return tokenizer, sets
 
 
 def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> llm.Transformer:
-    """The checkpoint in `directory`, or a new model, on its device and sharded. (all ranks)
-
-    Built without memory and sharded first, then filled weight by weight: each rank reads its rows.
-    Activation checkpointing, compilation, and FSDP2 are all applied from outside the model.
-    """
+    """The checkpoint in `directory`, or a new model, on its device and sharded. (all ranks) Built
+    without memory and sharded first, then filled weight by weight: each rank reads its rows."""
     s = run.settings
     with torch.device("meta"):
         model = llm.Transformer(new or llm.load_config(directory))
+    weights = {} if new else llm.read_weights(directory)
     if new:
         weights = llm.Transformer(new).init_weights(s.seed).state_dict()
-    else:
-        weights = llm.read_weights(directory)
     if s.lora_rank:
         from extra import lora
 
         weights |= lora.add(model, s.lora_rank, s.seed)
     model.activation_checkpointing = s.activation_checkpointing
-    if s.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+    for layer in model.layers if s.compile else ():
+        layer.compile(dynamic=True)
     if run.world > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = init_device_mesh(run.device.type, (run.world,))
-        gathered = torch.bfloat16 if run.bf16 else None  # gradients are summed in float32
-        precision = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
-        for module in (*model.layers, model):  # the root, too, frees its weights after a forward
-            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        llm.shard(model, run.device.type, run.world, torch.bfloat16 if run.bf16 else None)
     return llm.fill(model.to_empty(device=run.device), weights)
 
 
@@ -263,8 +237,9 @@ def save_model(model, tokenizer, directory: Path, run: Run):
         from extra import lora
 
         lora.merge(model)
-    whole = lambda parameter: parameter.full_tensor() if run.world > 1 else parameter
-    weights = ((n, whole(p)) for n, p in model.named_parameters() if ".lora." not in n)
+    weights = ((n, p) for n, p in model.named_parameters() if ".lora." not in n)
+    if run.world > 1:
+        weights = ((n, p.full_tensor()) for n, p in weights)
     if run.rank == 0:
         llm.save_pretrained(model, directory, weights)
         if tokenizer:
@@ -279,13 +254,11 @@ def save_model(model, tokenizer, directory: Path, run: Run):
 
 
 def micro_batches(dataset, examples, run: Run, factor: int = 1) -> Iterator[data.Batch]:
-    """This rank's micro-batches of the examples (None: of all), as many as each rank has.
-
-    On CUDA each is made and copied, from pinned memory, while the GPU still works on the last one.
-    """
+    """This rank's micro-batches of the examples (None: of all), as many as each rank has. On CUDA
+    each is made and copied, from pinned memory, while the GPU still works on the last one."""
     examples = np.arange(len(dataset)) if examples is None else examples
-    budget = factor * run.settings.micro_batch_tokens
-    for part in data.pack(dataset.lengths(), examples, budget, run.world)[run.rank]:
+    inputs = dataset.lengths, examples, factor * run.settings.micro_batch_tokens, run.world
+    for part in data.pack(*inputs)[run.rank]:
         yield data.collate(dataset, part).to(run.device)
 
 
@@ -313,10 +286,8 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
 
 def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: float, run: Run):
     """Train to the end of a stage, from its start or from where a saved state left it. (all ranks)
-
     SFT and DPO differ in their data and in `loss_of(log-probs, batch, mean_logratio)`, which gives
-    a micro-batch's summed loss, and the sums for the metrics.
-    """
+    a micro-batch's summed loss, and the sums for the metrics."""
     s, totals = run.settings, Counter()
     optimizer = dpo.make_optimizer(model, s.optimizer, s.weight_decay)
     per_epoch = math.ceil(len(train) / s.batch_size)
@@ -342,16 +313,14 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         scale = run.world / (len(examples) if stage == "dpo" else train.targets(examples))
         batches = micro_batches(train, examples, run)
         sums = dpo.take_step(model, optimizer, batches, loss_of, scale, s.grad_clip, run)
-        totals.update(sums | {"pairs": len(examples), "tokens": train.lengths()[examples].sum()})
+        totals.update(sums | {"pairs": len(examples), "tokens": train.lengths[examples].sum()})
         if stage == "dpo":
             mean.copy_(dpo.mean_logratio(sums, s.beta))
-
         done = step + 1
         if done % s.log_every == 0 or done == steps:
-            pairs, tokens = totals.pop("pairs"), totals.pop("tokens")
+            counts = {name: totals.pop(name) for name in ("pairs", "tokens")}
             row = {"step": done, "epoch": done / per_epoch, "train/learning_rate": group["lr"]}
-            row |= dpo.averages(totals, "train")  # waits for the GPU
-            row |= run.rates(pairs, tokens)
+            row |= dpo.averages(totals, "train") | run.rates(counts)  # the first waits for the GPU
             if not all(map(math.isfinite, row.values())):
                 raise data.DataError(f"{stage} diverged by step {done}: lower its learning rate")
             left = (steps - done) * s.batch_size / row["pairs_per_second"]
@@ -382,8 +351,7 @@ def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run:
     dcp.save(state, checkpoint_id=place, no_dist=run.world == 1)
     if run.rank == 0:
         shutil.copy(run.out / "metrics.jsonl", place)
-        point = {"stage": stage, "step": step, "state": place.name}
-        point["settings"] = dataclasses.asdict(run.settings)
+        point = {"stage": stage, "step": step, "state": place.name, "settings": run.config}
         (place / "point.json").write_text(json.dumps(point), encoding="utf-8")
         (place / "point.json").replace(place.parent / "point.json")
         for old in place.parent.glob("*-*"):
@@ -397,13 +365,12 @@ def load_state(stage: str, model, optimizer, mean: torch.Tensor, run: Run) -> in
     if run.point.get("stage") != stage:
         return 0
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import state_dict as dcp_state
 
     state = state_of(model, optimizer, mean)
     dcp.load(state, checkpoint_id=run.out / "resume" / run.point["state"], no_dist=run.world == 1)
     both = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    options = dcp_state.StateDictOptions(strict=False)  # without what LoRA freezes
-    dcp_state.set_state_dict(model, optimizer, **both, options=options)
+    options = dcp.state_dict.StateDictOptions(strict=False)  # without what LoRA freezes
+    dcp.state_dict.set_state_dict(model, optimizer, **both, options=options)
     mean.copy_(state["mean_logratio"])
     return run.point["step"]
 
@@ -457,7 +424,6 @@ def main(arguments: list[str]):
         run.wait()
         gc.collect()  # nothing may hold gloo's threads when the interpreter ends, or it can abort
         dist.destroy_process_group()
-    return None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Attention of packed segments in few calls.
 
-As model.segment_attention, which says what is computed: on CUDA in bf16 all segments in one call of
-variable lengths, anywhere else those of like lengths padded to the longest of them, one call a group.
+As model.segment_attention, which says what is computed: on CUDA in bf16 all segments in one call
+of variable lengths, anywhere else those of like lengths padded to the longest of them, one call a
+group.
 """
 
 import math

@@ -16,8 +16,8 @@ class KVCache:
     """Called with the next token of each of B sequences, gives the logits of the ones after.
 
     It is the attention of all layers: a token's slot is its position. The stream is (B·t,): at
-    first the prompts, padded on the right, then one new token of each. What padding leaves in a slot
-    is overwritten by the token that belongs there before anyone sees it.
+    first the prompts, padded on the right, then one new token of each. What padding leaves in a
+    slot is overwritten by the token that belongs there before anyone sees it.
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], size: int, compile=False):

@@ -1,8 +1,8 @@
 """The reference's log-probs, kept beside the checkpoint that the reference is.
 
-A sweep over β or over losses from one checkpoint, or a resumed run, finds them there, under a digest
-of token ids, numerics, and the weight files' names, sizes and times. Where that directory cannot be
-written they are in that of the run.
+A sweep over β or over losses from one checkpoint, or a resumed run, finds them there, under a
+digest of token ids, numerics, and the weight files' names, sizes and times. Where that directory
+cannot be written they are in that of the run.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 
 
 def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torch.Tensor:
-    """What `compute()` gives, (responses,) in float64, or what is kept of an earlier time. (all ranks)
+    """What `compute()` gives, (responses,) in float64, or what an earlier run kept. (all ranks)
 
     checkpoint: the directory of the reference; of a new model none, and nothing is kept.
     """

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import logsigmoid, relu
 
 from data import DataError
-from dpo import dpo
+from dpo import Pairs, dpo
 
 
 class Table(dict):
@@ -36,6 +36,12 @@ def loss(function):
     """Put a loss into the table under its own name."""
     LOSSES[function.__name__] = function
     return function
+
+
+def swapped(pairs: Pairs) -> Pairs:
+    """The same pairs, had the other response been preferred: for soft labels."""
+    chosen, rejected, ref_chosen, ref_rejected, length, other, margin, mean = pairs
+    return Pairs(rejected, chosen, ref_rejected, ref_chosen, other, length, -margin, mean)
 
 
 # On h, the difference of the log-ratios: sums over tokens.

@@ -89,7 +89,7 @@ def refuse_ignored(ignored: list[tuple], given: set[str]):
 
 
 def check_arguments(args, given: set[str]):
-    """Raise DataError for a combination of sample.py's flags that lacks or would ignore something."""
+    """Raise DataError for flags of sample.py that lack something, or would be ignored."""
     least = {"n": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "beta": 0}
     for name, low in least.items():
         value = getattr(args, name)

@@ -1,4 +1,4 @@
-"""The language model as reward model at work: scoring, candidates, best of n, KL from the reference.
+"""The language model as reward model at work: scoring, candidates, best of n, KL.
 
 The implicit reward of a response is β·log(π(y|x)/π_ref(y|x)) (Rafailov et al., 2305.18290, Eq. 5).
 """
@@ -137,7 +137,7 @@ def score(args):
 
 
 def show_length_correlation(trees: list, rows: list[dict], ranked: list[np.ndarray]):
-    """Pearson's, of a pair's margin with its difference of lengths: is the reward bought by length?"""
+    """Pearson's, of margins and differences of lengths: is the reward bought by length?"""
     pairs = [tree for tree, row in zip(trees, rows) if "candidates" not in row and len(tree) == 3]
     longer = np.array([len(chosen) - len(rejected) for _, chosen, rejected in pairs])
     margins = np.array([chosen - rejected for chosen, rejected in ranked])
@@ -168,7 +168,7 @@ def measure_kl(policy, reference, trees: list) -> np.ndarray:
     kl = np.zeros(len(trees))
     for first in range(0, len(trees), 256):
         some = np.arange(first, min(first + 256, len(trees)))
-        [micro_batches] = data.pack(dataset.lengths(), some, 4096, 1)
+        [micro_batches] = data.pack(dataset.lengths, some, 4096, 1)
         for examples in micro_batches:
             batch = data.collate(dataset, examples).to(device)
             kl[examples] = sequence_kl(policy, reference, batch).cpu()

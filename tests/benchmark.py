@@ -75,7 +75,7 @@ def work(dataset: data.Dataset) -> tuple[int, int, int, int]:
     before = np.repeat(prompts, np.diff(dataset.trees) - 1)  # of each response
     asked = (own * before + own * (own + 1) // 2).sum()
     seen = asked + (prompts * (prompts + 1) // 2).sum()
-    return tuple(map(int, (dataset.lengths().sum(), own.sum(), seen, asked)))
+    return tuple(map(int, (dataset.lengths.sum(), own.sum(), seen, asked)))
 
 
 def flops(config: ModelConfig, rows: int, targets: int, seen: int, asked: int) -> int:

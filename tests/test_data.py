@@ -332,9 +332,7 @@ def test_a_data_set_is_flat(tokenizer):
     assert dataset.tokens.dtype == np.int32 and dataset.learnt.dtype == bool
     assert len(dataset) == 3 and dataset.responses() == 6
     assert dataset[1] == [slice(5, 6), slice(6, 9)]
-    assert dataset.lengths().tolist() == [4, 3, 3], (
-        "rows: a prompt's last token is in its responses"
-    )
+    assert dataset.lengths.tolist() == [4, 3, 3], "rows: a prompt's last token is in its responses"
     assert dataset.targets(np.array([0, 2])) == 5
     assert dataset.facts[:, :2].tolist() == [[1, 1]] * 3 and np.isnan(dataset.facts[:, 2]).all()
     nan = math.nan
@@ -350,7 +348,7 @@ def test_a_data_set_is_flat(tokenizer):
 def test_hidden_tokens_are_read_but_not_learnt():
     """[1 2 | ~3 4 5 ~6 7 | 8 ~9 10]: the user's turns within responses, by hand."""
     dataset = data.to_dataset([[[1, 2], [~3, 4, 5, ~6, 7], [8, ~9, 10]]])
-    assert dataset.lengths().tolist() == [9] and dataset.targets(np.array([0])) == 5
+    assert dataset.lengths.tolist() == [9] and dataset.targets(np.array([0])) == 5
     batch = data.collate(dataset, np.array([0]))
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 2, 8, 9]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3]
@@ -391,7 +389,7 @@ def test_a_batch_holds_what_its_examples_say():
     assert batch.weights.tolist() == [2, 2, 2, 1], "those of an example sum to its own"
     assert batch.labels.tolist() == [0.75] * 3 + [1] and batch.soft
     assert batch.margins.tolist() == pytest.approx([2, 2, 2, math.nan], nan_ok=True)
-    assert dataset.lengths().tolist() == [8, 2, 7] and len(batch.tokens) == 17
+    assert dataset.lengths.tolist() == [8, 2, 7] and len(batch.tokens) == 17
     assert dataset.targets(np.array([0, 2, 1])) == 14
     assert batch.reference.tolist() == [0] * 6, "not known yet"
     known = dataclasses.replace(dataset, reference=np.arange(6.0))
@@ -410,7 +408,7 @@ def test_random_batches_have_rows_for_targets():
         examples = rng.permutation(9)[: rng.integers(1, 10)]
         batch = data.collate(dataset, examples)
         rows, targets = len(batch.tokens), len(batch.targets)
-        assert rows == dataset.lengths()[examples].sum() == len(batch.positions)
+        assert rows == dataset.lengths[examples].sum() == len(batch.positions)
         assert targets == dataset.targets(examples) == batch.lengths.sum()
         sizes = batch.segments[:, 3]
         starts = batch.segments[:, 2]

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 import dpo
 from extra import objectives
-from extra.objectives import LOSSES
+from extra.objectives import LOSSES, swapped
 
 FIXTURE = json.loads((Path(__file__).parent / "losses.json").read_text())
 LN2 = math.log(2)
@@ -47,7 +47,7 @@ def losses_and_slopes(
     pairs = pairs_of(logps, of_each(reference), of_each(lengths), margin + 0 * a, mean)
     losses = LOSSES[name](pairs, **options)
     if label < 1:
-        losses = label * losses + (1 - label) * LOSSES[name](pairs.swapped(), **options)
+        losses = label * losses + (1 - label) * LOSSES[name](swapped(pairs), **options)
     slopes = torch.autograd.grad(losses.sum(), logps)[0].chunk(2)
     return losses.detach(), *slopes
 
@@ -127,7 +127,7 @@ def ours(case: dict, logps, reference, lengths):
     pairs = pairs_of(logps, reference, lengths, torch.zeros(64), mean)
     losses = LOSSES[name](pairs, **options)
     if label < 1:
-        losses = label * losses + (1 - label) * LOSSES[name](pairs.swapped(), **options)
+        losses = label * losses + (1 - label) * LOSSES[name](swapped(pairs), **options)
     return factor * (losses + extra)
 
 
@@ -337,7 +337,7 @@ def test_extreme_log_ratios_stay_finite(name):
     lengths = torch.tensor([7.0, 4.0]).repeat_interleave(5)
     for mean in (0.0, 1e4, -1e4):
         pairs = pairs_of(logps, reference, lengths, a * 0, mean)
-        for given in (pairs, pairs.swapped()):
+        for given in (pairs, swapped(pairs)):
             losses = LOSSES[name](given, **options_of(name))
             slopes = torch.autograd.grad(losses.sum(), logps)[0]
             assert losses.dtype == torch.float32

@@ -89,7 +89,7 @@ def test_every_step_is_told():
 
 @pytest.mark.parametrize("prompts", [[], [[5], []]])
 def test_a_prompt_has_a_token(prompts):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(AssertionError, match="at least one"):
         generate(make_model(SHAPES["tied"]).float(), prompts, 3, 2)
 
 
