@@ -63,9 +63,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps
-        if x.is_cuda or torch.compiler.is_compiling():
+        if x.is_cuda or torch.compiler.is_compiling() or x.numel() < 2**20:
             x = F.rms_norm(*inputs)
-        else:  # where it is not one kernel keep only x for the backward pass
+        else:  # where it is not one kernel keep only x for the backward pass, if it is large
             x = checkpoint(F.rms_norm, *inputs, use_reentrant=False, preserve_rng_state=False)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # once here: every product that follows would copy

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from model import rows_seen
 
@@ -47,24 +46,21 @@ def flash_attention(segments: Tensor, device: torch.device) -> Callable:
 
 def padded_attention(segments: Tensor, device: torch.device) -> Callable:
     """attend(q, k, v) of segments (S, 4), as in model.py; padding never reaches a real query."""
-    seen, sizes = rows_seen(segments), segments[:, 3]
-    first_query = sizes.cumsum(0) - sizes  # of each segment among all queries
+    first_query = segments[:, 3].cumsum(0) - segments[:, 3]  # of each segment among all queries
     like = lambda n: round(4 * math.log(n + 48))  # the same within a quarter, or a dozen tokens
     members = defaultdict(list)
     for i, (_, prompt_size, _, size) in enumerate(segments.tolist()):
         members[prompt_size > 0, like(size), like(prompt_size + size)].append(i)
     groups, order, kept, padded = [], [], [], 0
     for (prompted, _, _), group in members.items():
-        size = sizes[group][:, None]  # (s, 1)
-        query = torch.arange(size.max())  # (m,)
+        prompt, prompt_size, start, size = segments[group].T[:, :, None]  # (s, 1) each
+        query, key = torch.arange(size.max()), torch.arange((prompt_size + size).max())
         rows = first_query[group][:, None] + query.minimum(size - 1)  # (s, m) of q
-        keys = pad_sequence([seen[i] for i in group], batch_first=True)  # (s, n) of k and v
+        own = start + (key - prompt_size).minimum(size - 1)
+        keys = torch.where(key < prompt_size, prompt + key, own)  # (s, n) of k and v
         mask = None  # plainly causal: what is padded comes after every real query
         if prompted:  # query i of its segment sees key j where j <= prompt_size + i
-            last = segments[group, 1][:, None] + query  # (s, m)
-            mask = (torch.arange(keys.shape[1]) <= last[:, None, :, None]).to(
-                device
-            )  # (s, 1, m, n)
+            mask = (key <= (prompt_size + query)[:, None, :, None]).to(device)  # (s, 1, m, n)
         groups.append((rows.to(device), keys.to(device), mask))
         real = query < size  # (s, m), the others are padding
         order.append(rows[real])
