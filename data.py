@@ -76,7 +76,8 @@ class Tokenizer:
     def train(examples: Iterable["Example"], directory: Path, vocab_size: int):
         """Train a byte-fallback BPE tokenizer, lossless as Llama's, and write it to a directory."""
         contents = (content for e in examples for content in (e.prompt, *e.responses))
-        texts = (t["content"] for c in contents for t in (c if is_turns(c) else [{"content": c}]))
+        turns = (t for c in contents for t in (c if is_turns(c) else [{"content": c}]))
+        texts = (turn["content"] for turn in turns if isinstance(turn["content"], str))
         options = {"vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True}
         options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
         options |= {"hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2}
@@ -84,7 +85,7 @@ class Tokenizer:
         options |= {"sentence_iterator": iter(texts), "model_writer": (model := io.BytesIO())}
         try:
             sentencepiece.SentencePieceTrainer.train(**options)
-        except (RuntimeError, ValueError) as error:
+        except RuntimeError as error:
             why = str(error).rsplit("] ", 1)[-1].strip() or "is there any text?"
             raise DataError(f"no tokenizer of {vocab_size} pieces can be trained: {why}") from None
         (directory / "tokenizer.model").write_bytes(model.getvalue())
@@ -103,8 +104,8 @@ class Tokenizer:
 
 def find_tokenizer(path: str | Path) -> Tokenizer | None:
     """The one there; None for a checkpoint that has none, and takes token ids."""
-    missing = Path(path).is_dir() and not (Path(path) / "tokenizer.model").exists()
-    return None if missing else Tokenizer(path)
+    found = not Path(path).is_dir() or (Path(path) / "tokenizer.model").exists()
+    return Tokenizer(path) if found else None
 
 
 class Example(NamedTuple):
@@ -152,12 +153,10 @@ def plain(where: str, row: dict, kind: str) -> Example | None:
     paired = kind == "preferences" or ("chosen" in row and "response" not in row)
     names = ("prompt", "chosen", "rejected") if paired else ("prompt", "response")
     contents = [row.get(name) for name in names]
-    texts = all(isinstance(content, str) and not NO_TEXT.search(content) for content in contents)
-    return (
-        Example(contents[0], tuple(contents[1:]), where)
-        if texts and not row.keys() & MORE
-        else None
-    )
+    is_text = lambda content: isinstance(content, str) and not NO_TEXT.search(content)
+    if row.keys() & MORE or not all(map(is_text, contents)):
+        return None
+    return Example(contents[0], tuple(contents[1:]), where)
 
 
 def read_examples(paths: str, kind: str) -> Iterator[Example]:

@@ -31,10 +31,10 @@ class Pairs(NamedTuple):
     rejected: Tensor  # log π(y_l|x)
     ref_chosen: Tensor  # the same under the reference
     ref_rejected: Tensor
-    chosen_length: Tensor  # tokens, EOS included
+    chosen_length: Tensor  # learnt tokens, EOS included
     rejected_length: Tensor
     margin: Tensor  # by how much chosen is better, where the data says so
-    mean_logratio: Tensor | float = 0.0  # () of all responses of the step before, on all ranks
+    mean_logratio: Tensor | float = 0.0  # () of the step before, for losses that ask (KTO, BCO)
 
     # The log-ratios a and b, and their difference h: β·a and β·b are the implicit rewards (Eq. 5).
     a = property(lambda self: self.chosen - self.ref_chosen)
@@ -62,8 +62,8 @@ def find_loss(name: str) -> Callable:
 
 
 def sequence_logps(model, batch) -> Tensor:
-    """log π(y|x) in nats of every response in the batch, (N,): the sum over its tokens. In float64,
-    as float32 would cost ten times what all that went before did."""
+    """log π(y|x) in nats of every response in the batch, (N,): the sum over its tokens, in float64:
+    a float32 sum would add ten times the rounding error of all that went before."""
     logps = model(batch.tokens, batch.positions, batch.segments, batch.targets)  # (M,)
     sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logps.device)
     return sums.index_add(0, batch.response, (logps * batch.learnt).double()).to(logps.dtype)
@@ -117,7 +117,7 @@ def reference_logps(model, batches: Iterable, responses: int) -> Tensor:
     """log π_ref of the batches' responses, (responses,) in float64, 0 of those in none of them. By
     the same function as in training, under the same autocast."""
     values = torch.zeros(responses, dtype=torch.float64)
-    for batch in batches:  # of a stand-in it is 0
+    for batch in batches:  # a rank without work has a stand-in (data.collate), whose sum is 0
         values[batch.ids] += sequence_logps(model, batch).double().cpu()
     return values
 
@@ -149,9 +149,8 @@ def schedule(shape: str, warmup: int, step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-        shape
-    ]
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return shapes[shape]
 
 
 @torch.no_grad()

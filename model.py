@@ -1,8 +1,8 @@
 """The language model: a Llama-style decoder that runs on one packed stream of tokens.
 
 There is no batch dimension and no padding: a micro-batch is one stream, all its prompts first, then
-all their responses, and every tensor inside is (T, …). Only responses are predicted, and the full
-logits never exist. Parameters are named as in Hugging Face's Llama checkpoints.
+all their responses, and every tensor inside is (T, …). Only responses are predicted, and few logits
+exist at a time. Parameters are named as in Hugging Face's Llama checkpoints.
 
 Shapes: T rows of the stream, M targets, S segments, C width, H heads, D head size, V vocabulary.
 """
@@ -138,11 +138,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, attend: Callable, last: int):
-        """x: (T, C), of whose rows the last ask. Returns (last, C)."""
+        """x: (T, C), of which the last `last` rows ask. Returns (last, C)."""
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim))  # (T, H·D) -> (T, H, D)
         k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))
         q = rotate(heads(self.q_proj(x[-last:])), cos[-last:], sin[-last:])
-        if torch.compiler.is_compiling() and isinstance(attend, FunctionType):  # lengths vary
+        if torch.compiler.is_compiling() and isinstance(attend, FunctionType):  # not of the cache
             attend = torch.compiler.disable(attend)
         return self.o_proj(attend(q, k, v).flatten(1))
 
@@ -169,7 +169,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend: Callable, last: int):
-        """x: (T, C), of whose rows the last go on. Returns (last, C)."""
+        """x: (T, C), of which the last `last` rows go on. Returns (last, C)."""
         x = x[-last:] + self.self_attn(self.input_layernorm(x), cos, sin, attend, last)
         return x + self.mlp(self.post_attention_layernorm(x))
 

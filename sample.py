@@ -54,7 +54,7 @@ def generate(
     least one each, of any lengths. eos_id: one id or several. on_token: is called with the B ids of
     every step. compile: each step as one graph. shape: temperature, top_k and top_p of
     `sample_tokens`. Returns the new ids of each, ending in an `eos_id` unless cut off at
-    max_new_tokens. Raises DataError beyond a sliding window."""
+    max_new_tokens. Raises CheckpointError beyond a sliding window."""
     assert prompts and all(prompts), "at least one prompt, and at least one token in each"
     device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
     generator = torch.Generator(device).manual_seed(seed)
@@ -197,12 +197,12 @@ def main():
         elif args.score or args.best_of or args.kl or args.out:
             from extra.reward import run as command
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compile")
-        cuda = torch.cuda.is_available()
+        cuda = torch.cuda.is_available() and not (args.score or args.best_of or args.kl)
         with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
             command(args, {name: getattr(args, name) for name in names})
     except KeyboardInterrupt:
         sys.exit(130)
-    except (data.DataError, CheckpointError, OSError) as error:
+    except (data.DataError, CheckpointError, OSError, ImportError) as error:
         print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

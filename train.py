@@ -92,8 +92,7 @@ def parse_settings(arguments: list[str]) -> Settings:
     given, base = vars(parser.parse_known_args(arguments)[0]), {"options": {}}
     if given.get("resume"):
         base |= data.read_point(Path(given.get("out_dir", Settings.out_dir)))["settings"]
-    # The loss's own options are flags, too, as its signature has them.
-    loss = dpo.find_loss((base | given).get("loss", Settings.loss))
+    loss = dpo.find_loss((base | given).get("loss", Settings.loss))  # whose options are flags, too
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:
         base.setdefault("beta", beta.default)
@@ -115,8 +114,8 @@ class Run:
     """This process: its settings, rank, device and precision, and where rank 0 reports."""
 
     def __init__(self, settings: Settings):
-        self.settings, self.out, self.wandb = settings, Path(settings.out_dir), None
-        self.config = dataclasses.asdict(settings)
+        self.settings, self.config = settings, dataclasses.asdict(settings)
+        self.out, self.wandb, self.since = Path(settings.out_dir), None, 0.0
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
@@ -140,7 +139,7 @@ class Run:
             shutil.copy(resume / self.point["state"] / metrics.name, metrics)
         else:
             shutil.rmtree(resume, ignore_errors=True)  # another run's
-            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "encoded").mkdir(parents=True, exist_ok=True)
             metrics.write_text("")
             about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
             (self.out / "run.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -192,9 +191,10 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
         from extra.encoded import encode_once as encode  # on disk, for all ranks and when resumed
     if run.rank == 0 and not (s.init_from or s.tokenizer or run.point):
         examples = data.read_examples(s.sft_data or s.data, "demonstrations")
-        data.Tokenizer.train(examples, run.out, s.vocab_size)
+        data.Tokenizer.train(examples, run.out / "encoded", s.vocab_size)
     run.wait()
-    tokenizer = data.find_tokenizer(s.init_from or s.tokenizer or run.out)
+    find = data.find_tokenizer if s.init_from else data.Tokenizer
+    tokenizer = find(s.init_from or s.tokenizer or run.out / "encoded")
     for name, paths, kind, epochs in (
         ("sft", s.sft_data or s.data, "demonstrations", s.sft_epochs),
         ("sft eval", s.eval_data, "demonstrations", s.sft_epochs),
@@ -280,7 +280,7 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
     run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")
     if not worst <= tolerance:
         what = f"policy and reference must agree at step 0, but differ by {worst:.3g} nats"
-        raise data.DataError(f"{what}: delete the reference-*.npy beside {checkpoint}")
+        raise data.DataError(f"{what}: delete {checkpoint}/reference-*.npy, if it was found")
     return dataclasses.replace(dataset, reference=values.float().numpy())
 
 
@@ -317,7 +317,8 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         if stage == "dpo":
             mean.copy_(dpo.mean_logratio(sums, s.beta))
         done = step + 1
-        if done % s.log_every == 0 or done == steps:
+        save = s.save_every > 0 and done % s.save_every == 0 and done < steps
+        if done % s.log_every == 0 or done == steps or save:  # a state begins with no sums
             counts = {name: totals.pop(name) for name in ("pairs", "tokens")}
             row = {"step": done, "epoch": done / per_epoch, "train/learning_rate": group["lr"]}
             row |= dpo.averages(totals, "train") | run.rates(counts)  # the first waits for the GPU
@@ -329,7 +330,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         paused = time.perf_counter()
         if held_out and (done == steps or (s.eval_every and done % s.eval_every == 0)):
             run.record(stage, {"step": done} | test())
-        if s.save_every and done % s.save_every == 0 and done < steps:
+        if save:
             save_state(stage, done, model, optimizer, mean, run)
         run.since += time.perf_counter() - paused
 
@@ -388,9 +389,7 @@ def train(run: Run):
         new = llm.ModelConfig.new(*shape, max_position_embeddings=s.max_length, **ids)
     model = load_model(run, start, new)
     if vocab_size > model.config.vocab_size:
-        raise data.DataError(
-            f"token id {vocab_size - 1} of the data is beyond the model's vocabulary"
-        )
+        raise data.DataError(f"token id {vocab_size - 1} is beyond the model's vocabulary")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.say(f"{trained:,} parameters are trained, on {run.world} {run.device.type} process(es)")
     if s.sft_epochs and not sft_done:
@@ -416,9 +415,8 @@ def main(arguments: list[str]):
     try:
         run = Run(parse_settings(arguments))
         train(run)
-    except (data.DataError, llm.CheckpointError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except (data.DataError, llm.CheckpointError, OSError, ImportError) as error:  # on any rank
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     if run.world > 1:
         run.wait()

@@ -275,17 +275,20 @@ def run_experiment(arguments: list[str]):
         sys.exit(f"train.py: --{name} would be ignored: the built-in experiment brings its own")
     later = [] if "resume" in given else ["--data=later", "--eval_data=later"]
     out = [] if "out_dir" in given else ["--out_dir=out/reviews"]
+    first = os.environ.get("RANK", "0") == "0"
     try:
         settings = train.parse_settings([*later, *out, *arguments])
-    except (data.DataError, CheckpointError) as error:
+        out = Path(settings.out_dir)
+        if first and not settings.resume:
+            write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
+    except (data.DataError, CheckpointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    out, first = Path(settings.out_dir), os.environ.get("RANK", "0") == "0"
     if settings.resume:
-        train.main([f"--data={settings.data}", *arguments])
+        train.main([f"--data={settings.data}", f"--out_dir={out}", *arguments])
+        if Path(settings.data).name != "pairs.jsonl" or not (out / "sft.jsonl").is_file():
+            return  # it was a run on somebody's own files
     else:
-        if first:
-            write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
         files = {"data": "pairs", "eval_data": "eval", "sft_data": "sft"}
         unused = set() if settings.sft_epochs else {"sft_data", "sft_learning_rate"}
         unused |= set() if settings.epochs else {"beta", "learning_rate"}

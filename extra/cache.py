@@ -29,7 +29,11 @@ class KVCache:
             raise CheckpointError(f"{beyond}, and attention with a window is not implemented here")
         shape = c.num_hidden_layers, 2, len(prompts), size, c.num_key_value_heads, c.head_dim
         self.model, self.compile, self.size = model, compile, size
-        self.stored = weight.new_zeros(shape)  # keys and values of each layer
+        kind = weight.device.type
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        self.stored = weight.new_zeros(shape, dtype=dtype)  # keys and values of each layer
         self.layers = [partial(self.attend, layer) for layer in range(c.num_hidden_layers)]
         # What runs next: tokens and positions (B, t), and where in the stream each sequence ends.
         tokens = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)

@@ -2,7 +2,7 @@
 
 A sweep over β or over losses from one checkpoint, or a resumed run, finds them there, under a
 digest of token ids, numerics, and the weight files' names, sizes and times. Where that directory
-cannot be written they are in that of the run.
+cannot be written they are in encoded/ in that of the run.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torc
     if run.rank == 0 and checkpoint:
         where = Path(checkpoint)
         name = f"reference-{digest(dataset, model, where, run)}.npy"
-        path = (where if os.access(where, os.W_OK) else run.out) / name
+        path = (where if os.access(where, os.W_OK) else run.out / "encoded") / name
         with contextlib.suppress(OSError, ValueError, EOFError):  # none, or it is not whole
             values = np.load(path)
             if values.shape != (dataset.responses(),) or not np.isfinite(values).all():
