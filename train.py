@@ -142,7 +142,9 @@ class Run:
             (self.out / "encoded").mkdir(parents=True, exist_ok=True)
             metrics.write_text("")
             about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
-            (self.out / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+            new = self.out / "run.json.new"
+            new.write_text(json.dumps(about, indent=2) + "\n")
+            new.replace(self.out / "run.json")
         if self.settings.wandb != "disabled":
             import wandb
 

@@ -38,7 +38,7 @@ class ChunkedLogps(torch.autograd.Function):
             total = torch.logaddexp(total, logits.logsumexp(1, keepdim=True))  # (M, 1)
             del logits
         ctx.save_for_backward(hidden, weight, targets, total)
-        return (target - total).squeeze(1)
+        return target[:, 0] - total[:, 0]  # FSDP wants no view here
 
     @staticmethod
     def backward(ctx, grad):
