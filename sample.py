@@ -133,7 +133,8 @@ def show(prompt, names: list[str], texts: list[str], width: int = 96):
     """Print a prompt and its completions, side by side under their names if there are several."""
     print(f"\n{prompt[-1]['content'] if data.is_turns(prompt) else prompt}")
     if len(texts) == 1:
-        return print(texts[0])
+        print(texts[0])
+        return
     column = width // len(names) - 2
     cells = [textwrap.wrap(f"[{name}]{text}", column) for name, text in zip(names, texts)]
     for row in itertools.zip_longest(*cells, fillvalue=""):

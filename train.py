@@ -282,7 +282,7 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
     run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")
     if not worst <= tolerance:
         what = f"policy and reference must agree at step 0, but differ by {worst:.3g} nats"
-        raise data.DataError(f"{what}: delete {checkpoint}/reference-*.npy, if it was found")
+        raise data.DataError(f"{what}: delete reference-*.npy in {checkpoint} or {run.out}/encoded")
     return dataclasses.replace(dataset, reference=values.float().numpy())
 
 

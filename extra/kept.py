@@ -30,7 +30,7 @@ def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torc
             if values.shape != (dataset.responses(),) or not np.isfinite(values).all():
                 values = None
     if run.total({"": values is not None})[""].item():
-        run.say(f"reference: {dataset.responses():,} log-probs found beside {checkpoint}")
+        run.say(f"reference: {dataset.responses():,} log-probs found in {path}")
         mine = np.zeros(dataset.responses()) if values is None else values
         return run.total({"": torch.from_numpy(mine)})[""].cpu()
     computed = compute()

@@ -130,11 +130,11 @@ def test_reference_is_reused_and_checked(done, files, tmp_path):
         "train.py", *start, *flags, f"--out_dir={tmp_path / name}", expect=expect
     )
     first = run("first", "--beta=0.3").stdout
-    assert first.count("found beside") == 2 and "computed" not in first, "the first run's own"
+    assert first.count("log-probs found in") == 2 and "computed" not in first, "the first run's own"
     for path in base.glob("reference-*.npy"):
         path.unlink()
     assert run("second", "--beta=0.3").stdout.count("log-probs computed") == 2
-    assert run("third", "--beta=0.7").stdout.count("found beside") == 2
+    assert run("third", "--beta=0.7").stdout.count("log-probs found in") == 2
     assert run("half", "--dtype=bfloat16").stdout.count("log-probs computed") == 2
     originals = {path: np.load(path) for path in base.glob("reference-*.npy")}
     assert len(originals) == 4
