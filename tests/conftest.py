@@ -1,11 +1,15 @@
 """What the tests share: a tokenizer, data sets, models, and the scripts as processes."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +71,23 @@ def run_script(
         f"exit {result.returncode}:\n{result.stdout}\n{result.stderr}"
     )
     return result
+
+
+def run_here(*arguments, expect: int = 0) -> SimpleNamespace:
+    """As `run_script`, in this process: a new one costs seconds."""
+    script, *rest = map(str, arguments)
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            sys.argv = [script, *rest]
+            main(rest) if script == "train.py" else main()
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            sys.argv = before
+    assert status == expect, f"exit {status}:\n{out.getvalue()}\n{err.getvalue()}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def read_metrics(out_dir) -> list[dict]:

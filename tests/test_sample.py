@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, make_model, run_script, save_tokenizer, write_jsonl
+from conftest import SHAPES, make_model, run_here, save_tokenizer, write_jsonl
 
 import data
 import sample
@@ -56,7 +56,7 @@ def test_score_is_the_implicit_reward(checkpoints, tokenizer, tmp_path):
     """β·log(π/π_ref) of each response, the accuracy, and the rows given back with their rewards."""
     path, out = write_jsonl(tmp_path / "pairs.jsonl", ROWS), tmp_path / "scored.jsonl"
     arguments = ["--compare", checkpoints[1], "--score", path, "--beta=0.3", "--out", out]
-    printed = run_script("sample.py", checkpoints[0], *arguments).stdout
+    printed = run_here("sample.py", checkpoints[0], *arguments).stdout
     examples = list(data.read_preferences(path))
     expected = [plain_rewards(checkpoints, tokenizer, e, 0.3) for e in examples]
     scored = [json.loads(line) for line in out.read_text().splitlines()]
@@ -72,13 +72,13 @@ def test_candidates_become_a_ranking(checkpoints, tokenizer, tmp_path):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The film"}, *ROWS[1:]])
     drawn, ranked = tmp_path / "candidates.jsonl", tmp_path / "ranked.jsonl"
     few = ["--n=3", "--max_new_tokens=5", "--out", drawn]
-    run_script("sample.py", checkpoints[0], "--prompts", prompts, *few)
+    run_here("sample.py", checkpoints[0], "--prompts", prompts, *few)
     rows = [json.loads(line) for line in drawn.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["The film", "A hotel", ROWS[2]["prompt"]]
     assert all(len(row["candidates"]) == 3 for row in rows)
     assert any(len(set(row["candidates"])) > 1 for row in rows)
     score = ["--compare", checkpoints[1], "--score", drawn, "--out", ranked]
-    assert "accuracy" not in run_script("sample.py", checkpoints[0], *score).stdout
+    assert "accuracy" not in run_here("sample.py", checkpoints[0], *score).stdout
     for example, row in zip(data.read_preferences(str(ranked)), rows):
         rewards = plain_rewards(checkpoints, tokenizer, example, 0.1)
         assert rewards == sorted(rewards, reverse=True) and len(rewards) == 3
@@ -89,13 +89,13 @@ def test_candidates_become_a_ranking(checkpoints, tokenizer, tmp_path):
 def test_best_of_and_kl(checkpoints, tokenizer, tmp_path):
     out = tmp_path / "best.jsonl"
     arguments = ["--compare", checkpoints[1], "--prompt=The film", "--max_new_tokens=6"]
-    run_script("sample.py", checkpoints[0], *arguments, "--best_of=4", "--out", out)
+    run_here("sample.py", checkpoints[0], *arguments, "--best_of=4", "--out", out)
     row = json.loads(out.read_text())
     best = row["rewards"].index(max(row["rewards"]))
     assert len(row["candidates"]) == 4 and row["response"] == row["candidates"][best]
-    shown = run_script("sample.py", checkpoints[0], *arguments, "--best_of=4").stdout
+    shown = run_here("sample.py", checkpoints[0], *arguments, "--best_of=4").stdout
     assert f"(reward {max(row['rewards']):.3f})" in shown
-    kl = run_script("sample.py", checkpoints[0], *arguments, "--kl", "--n=300").stdout
+    kl = run_here("sample.py", checkpoints[0], *arguments, "--kl", "--n=300").stdout
     mean, error = float(kl.split()[1]), float(kl.split()[3])
     # The plain estimate from the same samples, mean of log π/π_ref, has the same expectation.
     models = list(map(load_pretrained, checkpoints))
@@ -107,7 +107,7 @@ def test_best_of_and_kl(checkpoints, tokenizer, tmp_path):
     spread = np.std(ratios) / len(ratios) ** 0.5
     assert mean == pytest.approx(np.mean(ratios), abs=4 * (error + spread)) and error < mean
     same = ["--compare", checkpoints[0], "--prompt=The film", "--max_new_tokens=6", "--kl", "--n=5"]
-    assert run_script("sample.py", checkpoints[0], *same).stdout.startswith(
+    assert run_here("sample.py", checkpoints[0], *same).stdout.startswith(
         "KL(π‖π_ref) 0.0000 ± 0.0000"
     )
 
@@ -201,7 +201,7 @@ def test_unusable_checkpoints_and_files_are_one_sentence(checkpoints, tmp_path):
         ([checkpoints[0], "--prompt=x", "--out=/nonexistent/y"], "No such file"),
         ([checkpoints[0], "--prompts", tmp_path / "none"], "none: cannot be read"),
     ):
-        error = run_script("sample.py", *arguments, expect=2).stderr
+        error = run_here("sample.py", *arguments, expect=2).stderr
         assert message in error and error.count("\n") == 1 and error.startswith("sample.py: ")
 
 

@@ -1,5 +1,6 @@
 """The real scripts, end to end: one process and several, stopped and resumed, misused."""
 
+import functools
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHAPES, make_model, read_metrics, run_script, write_jsonl
+from conftest import ROOT, SHAPES, make_model, read_metrics, run_here, run_script, write_jsonl
 
 import data
 import dpo
@@ -126,7 +127,7 @@ def test_reference_is_reused_and_checked(done, files, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(done[0] / "sft", base)
     start = [*TINY, *files[:2], f"--init_from={base}", "--sft_epochs=0"]
-    run = lambda name, *flags, expect=0: run_script(
+    run = lambda name, *flags, expect=0: run_here(
         "train.py", *start, *flags, f"--out_dir={tmp_path / name}", expect=expect
     )
     first = run("first", "--beta=0.3").stdout
@@ -266,7 +267,7 @@ def test_a_steps_gradient_is_the_sum_over_its_examples_by_their_number(files, tm
 def test_all_features_on_two_ranks_and_resumed(files, tmp_path):
     """What needs all ranks, all at once, under a time limit: nothing hangs, and resuming agrees."""
     flags = """--loss=bco --sft_weight=0.1 --lora_rank=2 --activation_checkpointing --dtype=bfloat16
-        --eval_every=2 --save_every=3 --wandb=offline --lr_schedule=cosine --epochs=2""".split()
+        --eval_every=2 --save_every=3 --lr_schedule=cosine --epochs=2""".split()
     out, again = tmp_path / "whole", tmp_path / "again"
     run_script("train.py", *SMALL, *TINY, SFT, *files, *flags, f"--out_dir={out}", ranks=2)
     shutil.copytree(out, again)
@@ -352,7 +353,7 @@ def test_your_own_files(tmp_path):
     out = tmp_path / "out"
     model = "--hidden_size=16 --num_layers=1 --num_heads=1 --vocab_size=300 --learning_rate=1e-3".split()
     files = [f"--data={path},{path}", f"--eval_data={path}", f"--sft_data={path}"]
-    printed = run_script(
+    printed = run_here(
         "train.py", *model, *files, f"--out_dir={out}", "--lr_schedule=cosine"
     ).stdout
     assert "pairs: 26 examples" in printed
@@ -360,9 +361,9 @@ def test_your_own_files(tmp_path):
     assert losses[2] == pytest.approx(math.log(2), abs=1e-6), "before DPO, whatever the weights"
     assert read_metrics(out)[-1]["eval/loss"] == pytest.approx(0.69, abs=0.05)
     assert load_pretrained(out).config.hidden_size == 16
-    shown = run_script("sample.py", out, "--prompt", "Rate film 3:", "--max_new_tokens=5").stdout
+    shown = run_here("sample.py", out, "--prompt", "Rate film 3:", "--max_new_tokens=5").stdout
     assert shown.startswith("\nRate film 3:\n")
-    both = run_script("sample.py", out, "--compare", out / "sft", "--prompt", "A",
+    both = run_here("sample.py", out, "--compare", out / "sft", "--prompt", "A",
                       "--prompt", "B", "--n=2", "--max_new_tokens=4").stdout  # fmt: skip
     assert both.count("\nA\n") == both.count("\nB\n") == 2
 
@@ -377,7 +378,7 @@ def test_your_own_files(tmp_path):
         ("train.py", [f"--data={path}", "--out_dir=/proc/x"], "No such file or directory"),
         ("sample.py", [tmp_path / "none", "--prompt=x"], "config.json: not found"),
     ):
-        error = run_script(script, *arguments, expect=2).stderr
+        error = run_here(script, *arguments, expect=2).stderr
         assert error.startswith(f"{script}: ") and message in error
         assert error.count("\n") == 1 and "Traceback" not in error
 
@@ -388,7 +389,7 @@ def test_llama_on_stack_exchange_paired(tmp_path):
     rows = [{"qid": i, "question": f"How do I add {i} and {i}?", "response_j": f"It is {2 * i}.",
              "response_k": f"Nobody knows {i}."} for i in range(20)]  # fmt: skip
     path, base = write_jsonl(tmp_path / "rl.jsonl", rows), tmp_path / "base"
-    run_script("experiments/random_llama.py", base, f"--texts={path}")
+    run_here("experiments/random_llama.py", base, f"--texts={path}")
     config = json.loads((base / "config.json").read_text()) | {"pretraining_tp": 1, "note": "kept"}
     (base / "config.json").write_text(json.dumps(config))
     recipe = re.search(r"```sh\n(torchrun.*?stack-exchange.*?)```", README, re.DOTALL)[1]
@@ -404,10 +405,10 @@ def test_llama_on_stack_exchange_paired(tmp_path):
         "--max_prompt_length=48",
     ]
     mine = {"--init_from": base, "--data": path, "--out_dir": tmp_path / "sft"}
-    for flags, ranks in ((sft, 1), (dpo, 2)):
+    for flags, run in ((sft, run_here), (dpo, functools.partial(run_script, ranks=2))):
         kept = [flag for flag in flags if flag.split("=")[0] not in (*mine, "--eval_data")]
         given = [f"{name}={value}" for name, value in mine.items()]
-        printed = run_script("train.py", *kept, *given, *small, ranks=ranks).stdout
+        printed = run("train.py", *kept, *given, *small).stdout
         assert "40 examples" not in printed and "20 examples" in printed
         mine = {"--init_from": tmp_path / "sft", "--data": path, "--out_dir": tmp_path / "dpo"}
     assert "step 0: the largest log-ratio" in printed
@@ -439,18 +440,16 @@ def test_ids_for_other_tokenizers(tmp_path):
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     out, flags = tmp_path / "out", ["--max_steps=1", "--max_length=64", "--max_prompt_length=48"]
     files = [f"--init_from={tmp_path / 'base'}", f"--data={path}", f"--out_dir={out}"]
-    assert "9 examples" in run_script("train.py", *files, *flags).stdout
+    assert "9 examples" in run_here("train.py", *files, *flags).stdout
     assert (out / "tokenizer.json").read_text() == "{}"
     rows[4]["chosen"] = [3, 97]
     write_jsonl(tmp_path / "ids.jsonl", rows)
-    assert (
-        "beyond the model's vocabulary" in run_script("train.py", *files, *flags, expect=2).stderr
-    )
+    assert "beyond the model's vocabulary" in run_here("train.py", *files, *flags, expect=2).stderr
     text = write_jsonl(tmp_path / "text.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     files[1] = f"--data={text}"
     assert (
         f"{text}:1: text needs a tokenizer.model"
-        in run_script("train.py", *files, *flags, expect=2).stderr
+        in run_here("train.py", *files, *flags, expect=2).stderr
     )
 
 
@@ -463,7 +462,7 @@ def test_sft_alone(tmp_path):
     path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns(i) * 2} for i in range(20)])
     model = ["--hidden_size=16", "--num_layers=1", "--num_heads=1", "--vocab_size=300"]
     flags = [f"--data={path}", f"--eval_data={path}", "--epochs=0", f"--out_dir={tmp_path / 'out'}"]
-    run_script("train.py", *model, *flags)
+    run_here("train.py", *model, *flags)
     assert {row["stage"] for row in read_metrics(tmp_path / "out")} == {"sft"}
     assert load_pretrained(tmp_path / "out") and not (tmp_path / "out" / "sft").exists()
 
@@ -532,7 +531,7 @@ def test_more_misuse_is_refused(files, tmp_path, capsys):
     for flags, message in (
         ([], "give --prompt"), (["--bogus", "--prompt=x"], "unrecognized"),
     ):  # fmt: skip
-        error = run_script("sample.py", tmp_path, *flags, expect=2).stderr
+        error = run_here("sample.py", tmp_path, *flags, expect=2).stderr
         assert message in error and error.count("\n") == 1
 
 
