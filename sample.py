@@ -96,7 +96,7 @@ def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
 
 def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options) -> list:
     """[prompt, response] as ids: one sample for each prompt, text or conversation; see `generate`.
-    In blocks whose cached keys and values stay within 4 GiB."""
+    In blocks whose cached keys and values stay within 4 GiB, none with the seed of another run."""
     if tokenizer is None:
         raise data.DataError("sampling needs a tokenizer.model in the checkpoint")
     encoded = [data.token_ids(data.Example(p, ()), tokenizer)[0] for p in prompts]
@@ -109,8 +109,8 @@ def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options)
     per_token = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes, float32
     size, new = min(1000, max(1, 2**32 // (per_token * longest))), []
     for first in range(0, len(encoded), size):
-        block, seed = encoded[first : first + size], seed + 1
-        new += generate(model, block, max_new_tokens, stops, seed=seed, **options)
+        block, own = encoded[first : first + size], seed + 1 + first * 10**6
+        new += generate(model, block, max_new_tokens, stops, seed=own, **options)
     return [list(tree) for tree in zip(encoded, new)]
 
 

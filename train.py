@@ -364,7 +364,8 @@ def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run:
 
 
 def load_state(stage: str, model, optimizer, mean: torch.Tensor, run: Run) -> int:
-    """Restore what this stage left; returns the number of steps already done. (all ranks)"""
+    """Restore what this stage left, `mean` in place; returns the number of steps already done. (all
+    ranks)"""
     if run.point.get("stage") != stage:
         return 0
     import torch.distributed.checkpoint as dcp
@@ -374,7 +375,6 @@ def load_state(stage: str, model, optimizer, mean: torch.Tensor, run: Run) -> in
     both = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     options = dcp.state_dict.StateDictOptions(strict=False)  # without what LoRA freezes
     dcp.state_dict.set_state_dict(model, optimizer, **both, options=options)
-    mean.copy_(state["mean_logratio"])
     return run.point["step"]
 
 

@@ -171,7 +171,7 @@ class Reviews:
         while len(examples) < count:
             prompt = str(rng.choice(self.prompts[split]))
             a, b = self.write(prompt, rng), self.write(prompt, rng)
-            difference = self.score(prompt, a)[1] - self.score(prompt, b)[1]
+            difference = round(self.score(prompt, a)[1] - self.score(prompt, b)[1], 6)
             noise = 0.0 if deterministic else rng.logistic()
             if a != b and difference + noise != 0:
                 examples.append(data.Example(prompt, (a, b) if difference + noise > 0 else (b, a)))

@@ -232,14 +232,18 @@ def encode_chats(examples: list[data.Example], tokenizer: data.Tokenizer) -> lis
     return trees
 
 
-def stop_ids(tokenizer: data.Tokenizer) -> set[int]:
-    """The ids that end an answer: EOS, and what the template ends the assistant's turn with."""
-    template = template_of(tokenizer)
+def end_of_turn(tokenizer: data.Tokenizer) -> int:
+    """The id that the template ends the assistant's turn with, or else its EOS."""
     prompt = [{"role": "user", "content": "x"}]
     answer = [{"role": "assistant", "content": "x"}]
     example = data.Example(prompt, (answer,), str(tokenizer.path.parent))
-    [end] = template.layout(example)[1][-1].content
-    return {tokenizer.eos_id, template.eos_id, end}
+    [end] = template_of(tokenizer).layout(example)[1][-1].content
+    return end
+
+
+def stop_ids(tokenizer: data.Tokenizer) -> set[int]:
+    """The ids that end an answer: EOS, and what the template ends the assistant's turn with."""
+    return {tokenizer.eos_id, template_of(tokenizer).eos_id, end_of_turn(tokenizer)}
 
 
 class Stream:

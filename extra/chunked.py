@@ -1,9 +1,9 @@
 """Log-probs of targets without the full logits.
 
 model.token_logps says what is computed. Here it is done in chunks of the vocabulary, and again in
-the backward pass: never more than one chunk of logits, model.MANY numbers, exists, and each row of
-the head's gradient is written once. In bf16 the logits are float32 products of bf16 inputs, which
-halves the error of a log-prob (on CUDA by one kernel, which has no derivative of its own).
+the backward pass: never more than one chunk of logits, about model.MANY numbers, exists, and each
+row of the head's gradient is written once. In bf16 the logits are float32 products of bf16 inputs,
+which halves the error of a log-prob (on CUDA by one kernel, which has no derivative of its own).
 """
 
 import torch

@@ -104,7 +104,7 @@ def check_arguments(args, given: set[str]):
         raise DataError("rewards and KL are measured against a reference: name it with --compare")
     shaped = {"temperature", "top_k", "top_p"}
     sampler = shaped | {"max_new_tokens", "seed", "compile"}
-    written = args.out and not (args.score or args.best_of)
+    written = args.out and not (args.score or args.best_of or args.kl)
     ignored = [  # flags, where they would be ignored, and why
         ({"compare", "n", "out"}, args.chat, "--chat talks to one checkpoint"),
         ({"best_of", "kl"}, not prompts, "they need prompts"),

@@ -100,6 +100,18 @@ def best_of(args, options: dict):
         write(args.out, rows)
 
 
+def with_ends(tree: list, example: data.Example, tokenizer) -> list[list[int]]:
+    """The tree, where who says nothing ends at once: an empty text has no ids of its own."""
+    if all(tree):
+        return tree
+    end = tokenizer.eos_id
+    if data.is_turns(example.prompt):
+        from extra.chat import end_of_turn
+
+        end = end_of_turn(tokenizer)
+    return [ids or [end] for ids in tree]
+
+
 def score(args):
     """Implicit rewards of the responses in a file. Of preferences also their accuracy; candidates
     are written as a ranking, best first, which train.py takes as --data."""
@@ -109,7 +121,7 @@ def score(args):
     for example in examples:
         if not example.responses:
             raise data.DataError(f"{example.where}: has no response that could be scored")
-    trees = [data.token_ids(example, tokenizer) for example in examples]
+    trees = [with_ends(data.token_ids(e, tokenizer), e, tokenizer) for e in examples]
     window = policy.config.sliding_window
     longest = max(len(tree[0]) + max(map(len, tree[1:])) for tree in trees)
     if window and longest > window:

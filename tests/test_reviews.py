@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from conftest import read_metrics, write_jsonl
+from test_reports import plain_score
 
 import data
 import train
@@ -161,3 +162,28 @@ def test_no_policy_is_above_the_frontier(runs):
         assert reward <= frontier(max(kl, 0)) + error, label
     true = runs["true"][0]
     assert 0.5 < true["gain"] / true["best"] < 1 + true["share_error"]
+
+
+def test_the_figures_of_real_runs_are_plausible(runs):
+    """Each review's score is that of its words; SFT comes near the entropy, and DPO tells the noisy
+    labels apart, or the other way round, about as well as the metrics of training say."""
+    for label, (found, rows) in runs.items():
+        for name in ("SFT", "DPO"):
+            part, scores = found[name], []
+            for prompt, text in zip(found["prompts"], part["texts"]):
+                scores.append(plain_score(prompt, text))
+            logps, rewards = np.transpose(scores)
+            assert part["grammar"] == pytest.approx(logps)
+            accepted = part["accepted"]
+            assert not (accepted & np.isnan(rewards)).any(), "what is accepted is a review"
+            assert (accepted | np.isnan(rewards)).mean() > 0.98, "of 64 tokens few reach the end"
+            assert part["rewards"][accepted] == pytest.approx(rewards[accepted])
+            assert not part["rewards"][~accepted].any()
+        assert 0 < found["loss"] - found["entropy"] < 0.2
+        logged = rows[-1]["eval/rewards/accuracies"]
+        assert found["accuracy"] == pytest.approx(logged, abs=0.08), label
+        assert found["KL"].min() >= 0 and found["KL"].mean() > 10 * reviews.error(found["KL"])
+    before = [found["SFT"]["texts"] for found, _ in runs.values()]
+    after = [found["DPO"]["texts"] for found, _ in runs.values()]
+    assert before[0] == before[1] == before[2], "of the same model, prompts and seed"
+    assert after[0] != after[1] != after[2]

@@ -1,17 +1,14 @@
 """What sample.py does with a checkpoint: rewards against plain sums, candidates, chat, misuse."""
 
-import itertools
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import SHAPES, make_model, run_here, save_tokenizer, write_jsonl
 
 import data
 import sample
-from experiments import reviews
-from extra import cache, chat
+from extra import cache
 from model import ModelConfig, load_pretrained, save_pretrained
 
 ROWS = [
@@ -52,21 +49,6 @@ def plain_rewards(checkpoints, tokenizer, example, beta: float) -> list[float]:
     return [beta * (p - q) for p, q in both]
 
 
-def test_score_is_the_implicit_reward(checkpoints, tokenizer, tmp_path):
-    """β·log(π/π_ref) of each response, the accuracy, and the rows given back with their rewards."""
-    path, out = write_jsonl(tmp_path / "pairs.jsonl", ROWS), tmp_path / "scored.jsonl"
-    arguments = ["--compare", checkpoints[1], "--score", path, "--beta=0.3", "--out", out]
-    printed = run_here("sample.py", checkpoints[0], *arguments).stdout
-    examples = list(data.read_preferences(path))
-    expected = [plain_rewards(checkpoints, tokenizer, e, 0.3) for e in examples]
-    scored = [json.loads(line) for line in out.read_text().splitlines()]
-    for row, before, rewards in zip(scored, ROWS, expected):
-        assert row.pop("rewards") == pytest.approx(rewards, abs=1e-4)
-        assert row == before, "the row's own fields are kept"
-    accuracy = np.mean([chosen > rejected for chosen, rejected in expected])
-    assert f"accuracy {accuracy:.1%}" in printed and "6 responses" in printed
-
-
 def test_candidates_become_a_ranking(checkpoints, tokenizer, tmp_path):
     """Sample, score, and train on: candidates of every prompt, best first once they are scored."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The film"}, *ROWS[1:]])
@@ -84,102 +66,6 @@ def test_candidates_become_a_ranking(checkpoints, tokenizer, tmp_path):
         assert rewards == sorted(rewards, reverse=True) and len(rewards) == 3
         texts = [r[0]["content"] if data.is_turns(r) else r for r in example.responses]
         assert sorted(texts) == sorted(row["candidates"])
-
-
-def test_best_of_and_kl(checkpoints, tokenizer, tmp_path):
-    out = tmp_path / "best.jsonl"
-    arguments = ["--compare", checkpoints[1], "--prompt=The film", "--max_new_tokens=6"]
-    run_here("sample.py", checkpoints[0], *arguments, "--best_of=4", "--out", out)
-    row = json.loads(out.read_text())
-    best = row["rewards"].index(max(row["rewards"]))
-    assert len(row["candidates"]) == 4 and row["response"] == row["candidates"][best]
-    shown = run_here("sample.py", checkpoints[0], *arguments, "--best_of=4").stdout
-    assert f"(reward {max(row['rewards']):.3f})" in shown
-    kl = run_here("sample.py", checkpoints[0], *arguments, "--kl", "--n=300").stdout
-    mean, error = float(kl.split()[1]), float(kl.split()[3])
-    # The plain estimate from the same samples, mean of log π/π_ref, has the same expectation.
-    models = list(map(load_pretrained, checkpoints))
-    trees = sample.draw(models[0], tokenizer, ["The film"] * 600, 6, seed=5)
-    ratios = [
-        plain_logp(models[0], x + y, len(x)) - plain_logp(models[1], x + y, len(x))
-        for x, y in trees
-    ]
-    spread = np.std(ratios) / len(ratios) ** 0.5
-    assert mean == pytest.approx(np.mean(ratios), abs=4 * (error + spread)) and error < mean
-    same = ["--compare", checkpoints[0], "--prompt=The film", "--max_new_tokens=6", "--kl", "--n=5"]
-    assert run_here("sample.py", checkpoints[0], *same).stdout.startswith(
-        "KL(π‖π_ref) 0.0000 ± 0.0000"
-    )
-
-
-def test_chat_renders_as_training_does(checkpoints, tokenizer, monkeypatch, capsys):
-    """Every turn's prompt is the whole conversation, encoded by the function that training uses."""
-    lines, seen, generate = iter(["hello </s>", "and 2+2?"]), [], sample.generate
-
-    def talk(prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", talk)
-    monkeypatch.setattr(
-        sample, "generate", lambda m, p, *a, **k: seen.append(p) or generate(m, p, *a, **k)
-    )
-    flags = [str(checkpoints[0]), "--chat", "--system=Be brief.", "--max_new_tokens=8"]
-    chat.talk(sample.parse_arguments(flags), {"max_new_tokens": 8})
-    first, second = (prompts[0] for prompts in seen)
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello </s>"}]
-    assert [first] == data.token_ids(data.Example(turns, ()), tokenizer)
-    assert first.count(tokenizer.eos_id) == 0, "what the user writes is never a control token"
-    assert tokenizer.decode(first) == "Be brief.\n\nHuman: hello </s>\n\nAssistant:"
-    assert tokenizer.decode(second).endswith("\n\nHuman: and 2+2?\n\nAssistant:")
-    assert tokenizer.decode(second).startswith(tokenizer.decode(first))
-    assert capsys.readouterr().out
-
-
-def test_labels_of_the_grammar(tmp_path, capsys):
-    """Candidates labelled by the true reward: pairs that train.py takes; the better one is chosen
-    by Bradley-Terry, and what the grammar cannot write loses."""
-    grammar, rng = reviews.Reviews(), np.random.default_rng(1)
-    prompt = grammar.prompts["train"][0]
-    rows = [
-        {"prompt": prompt, "candidates": [grammar.write(prompt, rng), "nonsense"]}
-        for _ in range(50)
-    ]
-    path = write_jsonl(tmp_path / "candidates.jsonl", rows)
-    reviews.label(path, tmp_path / "pairs.jsonl")
-    pairs = list(data.read_preferences(str(tmp_path / "pairs.jsonl")))
-    assert len(pairs) == 50 and sum(e.responses[1] == "nonsense" for e in pairs) > 45
-
-
-@pytest.mark.parametrize(("flags", "message"), [
-    ("", "give --prompt or --prompts, or --chat, or --score"),
-    ("--chat --prompt=x", "give --prompt or --prompts, or --chat, or --score"),
-    ("--prompt=x --top_p=0", "--top_p must be"),
-    ("--prompt=x --n=0", "--n must be at least 1"),
-    ("--prompt=x --best_of=0", "--best_of must be at least 1"),
-    ("--score=f", "name it with --compare"),
-    ("--prompt=x --kl", "name it with --compare"),
-    ("--prompt=x --kl --compare=y --temperature=0.5", "--temperature would be ignored: --kl needs plain"),
-    ("--prompt=x --temperature=nan", "--temperature must be at least 0, and finite"),
-    ("--prompt=x --temperature=0 --top_k=3", "--top_k would be ignored: --temperature=0 is greedy"),
-    ("--score=x --compare=y --beta=-1", "--beta must be at least 0"),
-    ("--score=x --compare=y --top_p=0.5", "--top_p would be ignored"),
-    ("--chat --n=3", "--n would be ignored"),
-    ("--chat --compare=y", "--compare would be ignored"),
-    ("--prompt=x --system=y", "--system would be ignored"),
-    ("--prompt=x --beta=1", "--beta would be ignored"),
-    ("--prompt=x --best_of=2 --n=2 --compare=y", "--n would be ignored"),
-    ("--chat --out=y", "--out would be ignored"),
-    ("--prompt=x --compare=y --out=z", "--compare would be ignored"),
-    ("--score=x --compare=y --n=2", "--n would be ignored"),
-    ("--score=x --compare=y --best_of=2", "--best_of would be ignored: they need prompts"),
-])  # fmt: skip
-def test_misuse_is_refused(flags, message):
-    with pytest.raises(data.DataError) as error:
-        sample.parse_arguments(["checkpoint", *flags.split()])
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags", ["--bogus --prompt=x", "--prompt=x --temp=1", "--prompt=x --n=a"])
@@ -203,20 +89,6 @@ def test_unusable_checkpoints_and_files_are_one_sentence(checkpoints, tmp_path):
     ):
         error = run_here("sample.py", *arguments, expect=2).stderr
         assert message in error and error.count("\n") == 1 and error.startswith("sample.py: ")
-
-
-def test_blocks_of_samples_are_the_samples(checkpoints, tokenizer, monkeypatch):
-    """Many prompts in blocks of bounded memory: as many responses, different seeds in each."""
-    model, sizes, generate = load_pretrained(checkpoints[0]), [], sample.generate
-    monkeypatch.setattr(
-        sample,
-        "generate",
-        lambda m, p, *a, **k: sizes.append((len(p), k["seed"])) or generate(m, p, *a, **k),
-    )
-    trees = sample.draw(model, tokenizer, ["The film"] * 1500, 2)
-    assert len(trees) == 1500 and [n for n, _ in sizes] == [1000, 500]
-    assert len({seed for _, seed in sizes}) == 2
-    assert len(set(map(str, itertools.chain.from_iterable(trees)))) > 20
 
 
 def test_with_and_without_the_cache(checkpoints, monkeypatch):
