@@ -1,27 +1,29 @@
-"""Which mistakes the tests would notice: `python tests/mutations.py [WORD …]`
+"""Which mistakes the tests notice: `python tests/mutations.py [WORD …]`
 
-Each entry of MUTATIONS is a mistake that somebody could make, as a small patch, with the tests that
-should fail. They are applied one at a time, each in a copy of the project, on all cores. What is
-known is kept in out/mutations.json, so that a run that was stopped goes on where it was; an edit to
-the code or to the tests makes it unknown again. With words only the entries that mention all of
-them. It ends with the survivors, mistakes that nobody noticed, and exits with 1 if there are any.
+Each entry of MISTAKES is one that somebody could make, as a small patch, with the tests that should
+fail. They are made one at a time, each in a copy of the project, on all cores. What is known is kept
+in out/mutations.json, so that a run that was stopped goes on where it was; an edit to the code or to
+the tests makes it unknown again. With words only the entries that mention all of them are tried. The
+run ends with the survivors, mistakes that nobody noticed, and exits with 1 if there are any.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import queue
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
+FOLDERS = ("extra", "experiments", "tests", "docs")
 RESULTS = ROOT / "out" / "mutations.json"
 PATIENCE = 600  # seconds: a mistake that hangs is noticed, too
 CAUGHT, SURVIVED, BROKEN = "caught", "SURVIVED", "BROKEN"
@@ -35,59 +37,390 @@ class Mutation(NamedTuple):
     tests: str  # of which at least one should fail, as pytest names them, below tests/
 
     def applied(self) -> str:
-        """The file's text with the mistake. Raises ValueError unless the patch fits."""
+        """The file's text with the mistake. Raises ValueError unless the patch fits once."""
         text = (ROOT / self.file).read_text(encoding="utf-8")
-        if text.count(self.old) != 1 or self.old == self.new:
-            raise ValueError(
-                f"{self.file}, {self.what}: the patch fits {text.count(self.old)} times"
-            )
+        count = text.count(self.old)
+        if count != 1 or self.old == self.new:
+            raise ValueError(f"{self.file}, {self.what}: the patch fits {count} times")
         return text.replace(self.old, self.new)
 
 
-MUTATIONS = [
-    Mutation(*entry)
-    for entry in [
-        # TABLE
-    ]
+# fmt: off
+MISTAKES = [
+    # What was once asked for, printed or reported wrongly, and nobody noticed
+    ("data.py", "a micro-batch may exceed its budget", "if all(load <= budget or len(bins[i]) == 1 for load, i in heap):", "if all(load <= 2 * budget or len(bins[i]) == 1 for load, i in heap):", "test_data.py::test_packing_over_many_seeds"),
+    ("data.py", "the retry of the packing is never taken", "if all(load <= budget or len(bins[i]) == 1 for load, i in heap):", "if heap:", "test_data.py::test_packing_over_many_seeds"),
+    ("dpo.py", "weight decay on the norms, too", 'if p.dim() < 2], "weight_decay": 0.0}', 'if p.dim() < 2], "weight_decay": weight_decay}', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[weight_decay=3.0]"),
+    ("train.py", "with --max_steps the schedule still runs over all epochs", "dpo.schedule(s.lr_schedule, s.warmup_steps, step, steps)", "dpo.schedule(s.lr_schedule, s.warmup_steps, step, epochs * per_epoch)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[max_steps=2]"),
+    ("train.py", "the order of the data does not depend on --seed", "s.seed if s.shuffle else None", "0 if s.shuffle else None", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[seed=1]"),
+    ("train.py", "SFT trains on --data though --sft_data is given", '("sft", s.sft_data or s.data,', '("sft", s.data or s.sft_data,', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[sft_data=sft2]"),
+    ("train.py", "wandb gets SFT and DPO under the same names", 'self.wandb.log({f"{stage}/{name}": value', 'self.wandb.log({f"{name}": value', "test_metrics.py::test_weights_and_biases_gets_each_row"),
+    ("train.py", "evaluation rows are missing in wandb", "        if self.wandb:\n", '        if self.wandb and "eval/loss" not in row:\n', "test_metrics.py::test_weights_and_biases_gets_each_row"),
+    ("sample.py", "the nucleus is of probabilities at temperature 1", "    probabilities = logits.softmax(-1)\n    if top_p < 1:\n        ordered, index = probabilities.sort(descending=True)\n", "    probabilities = logits.softmax(-1)\n    if top_p < 1:\n        ordered, index = (logits * temperature).softmax(-1).sort(descending=True)\n", "test_sample_flags.py::test_frequencies_are_those_of_a_plain_sampler"),
+    ("extra/reward.py", "the margin is printed with the wrong sign", "np.mean([r[0] - r[-1] for r in ranked])", "np.mean([r[-1] - r[0] for r in ranked])", "test_sample_flags.py::test_margins_and_lengths_of_pairs"),
+    ("extra/reward.py", "β is that of the reference's run", 'path = Path(args.checkpoint) / "run.json"', 'path = Path(args.compare) / "run.json"', "test_sample_flags.py::test_beta_is_given_or_of_the_checkpoint_or_a_tenth"),
+    ("experiments/reviews.py", "the report's KL is of the reference's samples", 'for name, model in (("SFT", reference), ("DPO", policy)):', 'for name, model in (("DPO", policy), ("SFT", reference)):', "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
+    ("extra/formats.py", "a quoted Human: inside a turn opens a turn", 're.split(r"\\n\\n(Human|Assistant): ?", text)', 're.split(r"\\s*(Human|Assistant): ?", text)', "test_data_path.py::test_quoted_turns_open_none"),
+    ("experiments/reviews.py", "the built-in labels are deterministic", "noise = 0.0 if deterministic else rng.logistic()", "noise = 0.0", "test_reviews.py::test_grammar_labels_and_acceptance"),
+    # Settings of train.py
+    ("train.py", "DPO is evaluated on what it trains on", '("eval pairs", s.eval_data, "preferences", s.epochs)', '("eval pairs", s.eval_data and s.data, "preferences", s.epochs)', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[eval_data=eval2]"),
+    ("train.py", "prompt and total length are handed over in the wrong order", "tokenizer, s.max_length, s.max_prompt_length\n", "tokenizer, s.max_prompt_length, s.max_length\n", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[max_length=15]"),
+    ("train.py", "--vocab_size is not handed to the tokenizer's training", 'run.out / "encoded", s.vocab_size)', 'run.out / "encoded", Settings.vocab_size)', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[vocab_size=316]"),
+    ("train.py", "the DPO stage trains at SFT's rate", "loss_of, s.epochs, s.learning_rate, run)", "loss_of, s.epochs, s.sft_learning_rate, run)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[learning_rate=0.001]"),
+    ("train.py", "the SFT stage runs DPO's epochs", "dpo.sft_loss, s.sft_epochs, s.sft_learning_rate", "dpo.sft_loss, s.epochs, s.sft_learning_rate", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[sft_epochs=1]"),
+    ("train.py", "the last, smaller batch of an epoch is dropped", "math.ceil(len(train) / s.batch_size)", "max(1, len(train) // s.batch_size)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[batch_size=6]"),
+    ("train.py", "every epoch has the order of the first", "data.order_of(epoch, len(train), s.seed if s.shuffle else None)", "data.order_of(0, len(train), s.seed if s.shuffle else None)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "--shuffle=false is ignored", "s.seed if s.shuffle else None)", "s.seed)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[shuffle=false]"),
+    ("train.py", "a new model is initialised without the seed", "init_weights(s.seed)", "init_weights(0)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[seed=1]"),
+    ("train.py", "adapters are initialised without the seed", "lora.add(model, s.lora_rank, s.seed)", "lora.add(model, s.lora_rank, 0)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[seed=1-again-again]"),
+    ("train.py", "a step's gradient is divided by the batch size, also where the last batch is smaller", '(len(examples) if stage == "dpo" else', '(s.batch_size if stage == "dpo" else', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "SFT divides by all tokens of the stream, prompts included", "else train.targets(examples))", "else train.lengths[examples].sum())", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "--weight_decay is not handed to the optimizer", "dpo.make_optimizer(model, s.optimizer, s.weight_decay)", "dpo.make_optimizer(model, s.optimizer)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[weight_decay=3.0]"),
+    ("train.py", "the β of the reward that is logged is right, that of the loss is the default", '"beta": s.beta, "sft_weight"', '"beta": Settings.beta, "sft_weight"', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[beta=2.0]"),
+    ("train.py", "--sft_weight does not reach the loss", '"sft_weight": s.sft_weight}\n', '"sft_weight": Settings.sft_weight}\n', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[sft_weight=0.7]"),
+    ("train.py", "the options of the loss do not reach it", "partial(dpo.preference_loss, **options, **s.options)", "partial(dpo.preference_loss, **options)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[label_smoothing=0.2] test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[gamma=0.3]"),
+    ("train.py", "an option's flag is overruled by the loss's default", "known.pop(name, default) for name, default", "(known.pop(name, default), default)[1] for name, default", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[label_smoothing=0.2]"),
+    ("train.py", "the last step is evaluated only with --eval_every", "(done == steps or (s.eval_every and done % s.eval_every == 0))", "s.eval_every and done % s.eval_every == 0", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "the state of a stage's last step is saved too", "done % s.save_every == 0 and done < steps", "done % s.save_every == 0", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[save_every=2]"),
+    ("train.py", "the last steps of a stage are not logged unless they are due", "done % s.log_every == 0 or done == steps or save:", "done % s.log_every == 0 or save:", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[log_every=4]"),
+    ("train.py", "sums of a row are not cleared after it", "            totals = Counter()\n", "            totals = totals or Counter()\n", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[log_every=4] test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "steps of evaluation count as time of training", "        run.since += time.perf_counter() - paused\n", "", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[eval_every=4]"),
+    ("train.py", "the epoch of a row is one step behind", '"epoch": done / per_epoch', '"epoch": step / per_epoch', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "evaluation runs in the micro-batches of training", "micro_batches(held_out, None, run, 2), loss_of", "micro_batches(held_out, None, run), loss_of", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[eval_data=eval2]"),
+    ("train.py", "--dtype=auto is bfloat16 everywhere", '(settings.dtype == "auto" and cuda)', 'settings.dtype == "auto"', "test_settings.py::test_bfloat16_is_the_default_on_cuda_only"),
+    ("train.py", "--activation_checkpointing is ignored", "model.activation_checkpointing = s.activation_checkpointing", "model.activation_checkpointing = False", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[activation_checkpointing=true]"),
+    ("train.py", "--compile compiles all but the last block", "for layer in model.layers if s.compile else ():", "for layer in model.layers[:-1] if s.compile else ():", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[compile=true]"),
+    ("train.py", "a new model's window is the prompts' length", "max_position_embeddings=s.max_length, **ids", "max_position_embeddings=s.max_prompt_length, **ids", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[max_length=15]"),
+    ("train.py", "with --epochs=0 the model is left in sft/", "sft_dir if s.epochs else run.out, run)", "sft_dir, run)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[epochs=0]"),
+    ("train.py", "Weights & Biases is told the default mode", "mode=self.settings.wandb, config", 'mode="online", config', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[wandb=offline]"),
+    ("train.py", "rewards/rejected is printed in place of the margin", '"/rewards/margins", "/rewards/chosen")', '"/rewards/rejected", "/rewards/chosen")', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "help shows the comment of another field after a colon in it", 'line.split(":")[0].strip(): line.split("  # ")[1]', 'line.split(":")[0].strip(): line.split(": ")[-1]', "test_settings.py::test_help_shows_every_setting_with_its_comment_and_default"),
+    ("train.py", "the reference is checked against a tolerance without bf16", "0.5 if run.bf16 else 0.01", "0.01", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[dtype=bfloat16]"),
+    ("train.py", "--tokenizer is used but not saved: the one in encoded/ is", "find(s.init_from or s.tokenizer or run.out", "find(s.init_from or run.out", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[tokenizer=tokenizer2]"),
+    ("train.py", "a run's own settings come before the flags when resuming", "    known = base | given\n", "    known = given | base\n", "test_settings.py::test_a_resumed_run_keeps_its_settings_but_for_where_and_how_often"),
+    ("dpo.py", "the warmup may take all steps", "min(warmup, steps // 2)", "min(warmup, steps)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[warmup_steps=50]"),
+    ("dpo.py", "the warmup begins at 0", "return (step + 1) / warmup", "return step / warmup", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("dpo.py", "the warmup lasts a step longer", "    if step < warmup:", "    if step <= warmup and warmup:", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=constant] test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("dpo.py", "Adam in place of AdamW: the decay is part of the gradient", "torch.optim.AdamW([matrices", "torch.optim.Adam([matrices", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[weight_decay=3.0]"),
+    ("dpo.py", "other betas than torch's", "fused=True)", "fused=True, betas=(0.9, 0.95))", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("dpo.py", "RMSprop with the momentum of Adam", "torch.optim.RMSprop(trained)", "torch.optim.RMSprop(trained, momentum=0.9)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[optimizer=rmsprop]"),
+    ("dpo.py", "--grad_clip=0 clips everything away", "clip or torch.inf)", "clip)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[grad_clip=0]"),
+    ("dpo.py", "gradients of a step are kept for the next", "    optimizer.zero_grad()\n", "", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("dpo.py", "micro-batches are averaged as if all were as large", "(loss * scale).backward()", "(loss * scale / max(1, len(batch.ids))).backward()", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("dpo.py", "only the last micro-batch is logged", "        sums.update(metrics)\n", "        sums = Counter(metrics)\n", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("data.py", "the seed and the epoch are added: seed 1 begins with epoch 1 of seed 0", "default_rng((seed, epoch))", "default_rng(seed + epoch)", "test_settings.py::test_orders_of_seeds_and_epochs_are_all_different"),
+    ("data.py", "without shuffling the order is reversed", "order if seed is None", "order[::-1] if seed is None", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[shuffle=false]"),
+    ("extra/lora.py", "merged at half of what was trained", "module.weight.add_(b @ a, alpha=2)", "module.weight.add_(b @ a)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lora_rank=3]"),
+    ("extra/lora.py", "B is not set back after merging", "            b.zero_()\n", "            pass\n", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lora_rank=3]"),
+    ("extra/lora.py", "the base is trained along", "    model.requires_grad_(False)\n", "", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lora_rank=3]"),
+    ("extra/refusals.py", "a choice is missing", '["constant", "linear", "cosine"]', '["constant", "linear"]', "test_settings.py::test_a_setting_of_words_takes_those_alone"),
+    ("extra/refusals.py", "--log_every=0 is not refused", 'POSITIVE |= {"log_every"}\n', "", "test_settings.py::test_numbers_are_refused_where_they_mean_nothing"),
+    ("extra/refusals.py", "infinite values pass", "and not 0 <= value < math.inf:", "and not 0 <= value:", "test_settings.py::test_numbers_are_refused_where_they_mean_nothing"),
+    ("extra/refusals.py", "label smoothing of a half passes", 's.options.get("label_smoothing", 0) >= 0.5', 's.options.get("label_smoothing", 0) > 0.5', "test_settings.py::test_options_of_losses_are_refused_where_they_mean_nothing"),
+    ("extra/refusals.py", "an odd head size passes", "s.hidden_size % (2 * s.num_heads)", "s.hidden_size % s.num_heads", "test_settings.py::test_settings_that_contradict_each_other_are_refused"),
+    ("extra/refusals.py", "--batch_size may change when resuming", '    "resume",\n    "out_dir",', '    "resume",\n    "batch_size",\n    "out_dir",', "test_settings.py::test_a_resumed_run_keeps_its_settings_but_for_where_and_how_often"),
+    ("extra/refusals.py", "an option of the loss may change when resuming", '(saved | saved.get("options", {})).get(name, value)', "saved.get(name, value)", "test_settings.py::test_a_resumed_run_keeps_its_settings_but_for_where_and_how_often"),
+    ("extra/refusals.py", "DPO's learning rate is not said to be ignored without DPO", '{"loss", "beta", "sft_weight", "learning_rate", *s.options}', '{"loss", "beta", "sft_weight", *s.options}', "test_settings.py::test_flags_that_would_be_ignored_are_refused_and_no_others"),
+    ("extra/refusals.py", "the window itself is refused", "s.max_length > window", "s.max_length >= window", "test_settings.py::test_settings_that_contradict_each_other_are_refused"),
+    ("extra/refusals.py", "starting from its own sft/ is refused also where nothing is overwritten", "and s.sft_epochs and s.epochs)", "and s.sft_epochs)", "test_settings.py::test_settings_that_contradict_each_other_are_refused"),
+    ("extra/encoded.py", "what is not whole is taken for it", "        counts.unlink(missing_ok=True)\n", "", "test_settings.py::test_data_is_encoded_once_by_one_rank_and_read_by_all"),
+    ("extra/encoded.py", "responses are encoded as if they began a text", "tokenizer.encode(responses, continuation=True)", "tokenizer.encode(responses)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("extra/encoded.py", "only the first block is encoded", "    while block := list(itertools.islice(examples, 4096)):", "    for block in [list(itertools.islice(examples, 4096))]:", "test_settings.py::test_thousands_are_encoded_in_blocks_and_in_their_order"),
+    ("extra/kept.py", "the precision is not part of the key", "{run.bf16} {run.device.type}", "{run.device.type}", "test_settings.py::test_a_reference_is_found_again_by_whatever_it_depends_on"),
+    ("extra/kept.py", "which tokens are learnt is not part of the key", "(dataset.tokens, dataset.learnt, dataset.offsets, dataset.trees)", "(dataset.tokens, dataset.offsets, dataset.trees)", "test_settings.py::test_a_reference_is_found_again_by_whatever_it_depends_on"),
+    ("extra/kept.py", "values that are not finite are taken", "or not np.isfinite(values).all()", "", "test_settings.py::test_a_reference_is_found_again_by_whatever_it_depends_on"),
+    ("experiments/reviews.py", "the presets come after the flags and overrule them", 'train.main([*flags, f"--out_dir={out}", *arguments])\n    if first', 'train.main([*arguments, *[f"--{n}={x}" for n, x in SETTINGS.items() if n not in unused], *flags, f"--out_dir={out}"])\n    if first', "test_settings.py::test_the_experiment_sets_what_the_command_line_does_not"),
+    ("experiments/reviews.py", "the preset β overrules the loss's own", "if settings.beta != train.Settings.beta:", "if False:", "test_settings.py::test_the_experiment_sets_what_the_command_line_does_not"),
+    ("experiments/reviews.py", "the preset learning rate is off by ten", '"learning_rate": 2e-4, "sft', '"learning_rate": 2e-5, "sft', "test_settings.py::test_the_experiment_sets_what_the_command_line_does_not"),
+    ("experiments/reviews.py", "the run's seed does not reach the data", "write(out, settings.seed, DEMO", "write(out, 0, DEMO", "test_settings.py::test_the_experiment_sets_what_the_command_line_does_not"),
+    ("experiments/reviews.py", "every rank writes the files", "if first and not settings.resume:", "if not settings.resume:", "test_settings.py::test_only_one_process_writes_and_reports"),
+    ("experiments/reviews.py", "the report is against the run's start though there was SFT", 'report(out, out / "sft" if settings.sft_epochs else settings.init_from)', 'report(out, settings.init_from or out / "sft")', "test_settings.py::test_the_experiment_sets_what_the_command_line_does_not"),
+    ("experiments/reviews.py", "held-out pairs are as many as the pairs", "min(1000, 2 * pairs)", "min(1000, pairs)", "test_settings.py::test_the_seed_of_the_run_is_that_of_its_data"),
+    ("train.py", "a new model's vocabulary is what the data uses of it", "shape = max(vocab_size, tokenizer.vocab_size), s.hidden", "shape = vocab_size, s.hidden", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[tokenizer=tokenizer2]"),
+    ("train.py", "BOS and EOS are exchanged in a new model's config.json", '{"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}', '{"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.bos_id}', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "the reference is kept beside --init_from though SFT has changed the model", "checkpoint = sft_dir if s.sft_epochs else s.init_from", "checkpoint = s.init_from or sft_dir", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[init_from=checkpoint]"),
+    ("train.py", "SFT is evaluated on both responses of the pairs", 'both = sets["sft"], sets.get("sft eval")', 'both = sets["sft"], sets.get("eval pairs")', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[lr_schedule=linear]"),
+    ("train.py", "a resumed stage is evaluated as if it began", "if held_out and not first:", "if held_out:", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[resume=true]"),
+    ("train.py", "the run is named by its whole path", '"name": self.out.name', '"name": str(self.out)', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[wandb=offline]"),
+    ("train.py", "SFT begins anew when a run is resumed in DPO", "if s.sft_epochs and not sft_done:", "if s.sft_epochs:", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[resume=true]"),
+    ("train.py", "a flag may be shortened", "allow_abbrev=False", "allow_abbrev=True", "test_train.py::test_what_is_no_setting_is_refused"),
+    # What a run logs and prints, keeps and saves
+    ("dpo.py", "the rewards of rejected responses are logged without beta", '"rewards/rejected": beta * pairs.b', '"rewards/rejected": pairs.b', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "a tie counts as accurate", '"rewards/accuracies": margins > 0', '"rewards/accuracies": margins >= 0', "test_metrics.py::test_both_data_sets_are_checked_and_bf16_begins_at_log_2"),
+    ("dpo.py", "gradient_weight is that of pairs that are right already", '"gradient_weight": torch.sigmoid(-margins)', '"gradient_weight": torch.sigmoid(margins)', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "both_fell where either fell", "(pairs.a < 0) & (pairs.b < 0)", "(pairs.a < 0) | (pairs.b < 0)", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "logps/rejected is that of the reference", '"logps/rejected": pairs.rejected', '"logps/rejected": pairs.ref_rejected', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "the metrics are not weighted", "{name: add(value.detach().double()) for name, value in metrics.items()}", "{name: value.detach().double().sum() for name, value in metrics.items()}", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "soft labels are the wrong way round", "batch.labels * losses + (1 - batch.labels) * flipped", "(1 - batch.labels) * losses + batch.labels * flipped", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "the SFT term is a sum over tokens", "losses - sft_weight * pairs.chosen / pairs.chosen_length", "losses - sft_weight * pairs.chosen", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "the SFT term is of the rejected", "losses - sft_weight * pairs.chosen / pairs.chosen_length", "losses - sft_weight * pairs.rejected / pairs.rejected_length", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "SFT's loss is divided by all targets, hidden ones included", '"count": batch.learnt.sum().double()', '"count": torch.tensor(float(len(batch.learnt))).double()', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "the mean log-ratio is a mean reward", '(2 * beta * sums["count"] + 1e-12)', '(2 * sums["count"] + 1e-12)', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "grad_norm is logged after clipping", 'return sums | {"grad_norm": norm * sums["count"]}', 'norm = norm.clamp(max=clip or torch.inf)\n    return sums | {"grad_norm": norm * sums["count"]}', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "the evaluation is of the last batch alone", "        sums.update(loss_of(logps, batch)[1])", "        sums = loss_of(logps, batch)[1]", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("dpo.py", "the reference is computed outside of the autocast's precision", "values[batch.ids] += sequence_logps(model, batch).double().cpu()", 'with torch.autocast("cpu", enabled=False):\n            values[batch.ids] += sequence_logps(model, batch).double().cpu()', "test_metrics.py::test_the_reference_is_that_of_the_plain_model"),
+    ("dpo.py", "training is not under autocast", "        with run.autocast:\n            logps = sequence_logps(model, batch)\n        loss, metrics", "        logps = sequence_logps(model, batch)\n        loss, metrics", "test_metrics.py::test_both_data_sets_are_checked_and_bf16_begins_at_log_2"),
+    ("dpo.py", "evaluation is not under autocast", "        with run.autocast:\n            logps = sequence_logps(model, batch)\n        sums.update", "        logps = sequence_logps(model, batch)\n        sums.update", "test_metrics.py::test_both_data_sets_are_checked_and_bf16_begins_at_log_2"),
+    ("train.py", "the epoch is logged as a whole number", '"epoch": done / per_epoch', '"epoch": epoch', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("train.py", "the learning rate that is logged is the peak", '"train/learning_rate": group["lr"]', '"train/learning_rate": peak', "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("train.py", "a resumed run draws the order of its epoch with the next", "if within == 0 or step == first:", "if within == 0 or step == 0:", "test_metrics.py::test_a_resumed_run_goes_on_as_if_it_had_not_stopped"),
+    ("train.py", "the mean log-ratio is never passed on", "            mean.copy_(dpo.mean_logratio(sums, s.beta))", "            mean = dpo.mean_logratio(sums, s.beta)", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("train.py", "the mean log-ratio is of all steps since the last row", "dpo.mean_logratio(sums, s.beta)", "dpo.mean_logratio(totals, s.beta)", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("train.py", "evaluation before the first step is left out", "if held_out and not first:", "if held_out and first:", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("train.py", "evaluation one step late", "s.eval_every and done % s.eval_every == 0", "s.eval_every and step % s.eval_every == 0", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("train.py", "peak memory in MiB", "ru_maxrss / 2**20", "ru_maxrss / 2**10", "test_metrics.py::test_rates_count_training_alone"),
+    ("train.py", "time runs from the beginning of the stage", "seconds, self.since = time.perf_counter() - self.since, time.perf_counter()", "seconds = time.perf_counter() - self.since", "test_metrics.py::test_rates_count_training_alone"),
+    ("train.py", "tokens are learnt ones", '"tokens": train.lengths[examples].sum()', '"tokens": train.targets(examples)', "test_metrics.py::test_rates_count_training_alone"),
+    ("train.py", "time left of all steps", "left = (steps - done) * s.batch_size", "left = steps * s.batch_size", "test_metrics.py::test_rates_count_training_alone"),
+    ("train.py", "pairs per second are those of one rank", '{"pairs": len(examples), "tokens"', '{"pairs": len(examples) / run.world, "tokens"', "test_metrics.py::test_rates_are_those_of_all_ranks_together"),
+    ("train.py", "moments of SFT are those of DPO", 'if run.point.get("stage") != stage:', "if not run.point:", "test_train.py::test_resume_is_bit_identical"),
+    ("train.py", "frozen weights count as trained", "trained = sum(p.numel() for p in model.parameters() if p.requires_grad)", "trained = sum(p.numel() for p in model.parameters())", "test_metrics.py::test_what_is_printed_is_what_is_logged"),
+    ("train.py", "the largest of both data sets is said of the smallest", "[again != 0].abs().max().item()", "[again != 0].abs().min().item()", "test_metrics.py::test_a_reference_that_is_not_the_policy_is_refused"),
+    ("train.py", "the check at step 0 looks in one direction", "(again - values)[again != 0].abs().max().item()", "(again - values)[again != 0].max().item()", "test_metrics.py::test_a_reference_that_is_not_the_policy_is_refused"),
+    ("train.py", "the check at step 0 takes the mean", "[again != 0].abs().max().item()", "[again != 0].abs().mean().item()", "test_metrics.py::test_a_reference_that_is_not_the_policy_is_refused"),
+    ("train.py", "the check at step 0 lets NaN pass", "if not worst <= tolerance:", "if worst > tolerance:", "test_metrics.py::test_a_reference_that_is_not_the_policy_is_refused"),
+    ("train.py", "the evaluation pairs have no check", "if not worst <= tolerance:", "if count > 10 and not worst <= tolerance:", "test_metrics.py::test_both_data_sets_are_checked_and_bf16_begins_at_log_2"),
+    ("train.py", "the values that training gets are those of the first batch again", "reference=values.float().numpy())", "reference=torch.where(again != 0, again, 0).float().numpy())", "test_metrics.py::test_the_reference_is_that_of_the_plain_model"),
+    ("train.py", "old states are left", "            if old != place:\n                shutil.rmtree(old)", "            if old == place.parent:\n                shutil.rmtree(old)", "test_metrics.py::test_the_last_state_alone_is_kept"),
+    ("train.py", "a state counts before it is written", '        (place / "point.json").write_text(json.dumps(point), encoding="utf-8")\n        (place / "point.json").replace(place.parent / "point.json")\n        for old in place.parent.glob("*-*"):\n            if old != place:\n                shutil.rmtree(old)\n', '        for old in place.parent.glob("*-*"):\n            if old != place:\n                shutil.rmtree(old)\n        (place / "point.json").write_text(json.dumps(point), encoding="utf-8")\n        (place / "point.json").replace(place.parent / "point.json")\n', "test_metrics.py::test_a_run_killed_while_saving_has_its_state_before"),
+    ("train.py", "the moments are not restored", '"optim_state_dict": state["optimizer"]}', '"optim_state_dict": {}}', "test_metrics.py::test_a_resumed_run_goes_on_as_if_it_had_not_stopped"),
+    ("train.py", "rows after the state stay in the metrics", 'shutil.copy(resume / self.point["state"] / metrics.name, metrics)', "pass", "test_metrics.py::test_a_resumed_run_goes_on_as_if_it_had_not_stopped"),
+    ("train.py", "a resumed run writes run.json anew", '        if self.settings.wandb != "disabled":', '        about = {"settings": self.config}\n        (self.out / "run.json").write_text(json.dumps(about))\n        if self.settings.wandb != "disabled":', "test_metrics.py::test_run_json_holds_the_settings_as_they_are"),
+    ("train.py", "a fresh run goes on with the old metrics", '            metrics.write_text("")\n', "            metrics.touch()\n", "test_train.py::test_a_fresh_start_removes_what_another_run_left"),
+    ("train.py", "each rank prints", "        if self.rank == 0:\n            print(text, flush=True)", "        if self.rank >= 0:\n            print(text, flush=True)", "test_metrics.py::test_one_process_alone_reports"),
+    ("train.py", "sums over ranks in float32", "torch.as_tensor(x).to(self.device).double() for", "torch.as_tensor(x).to(self.device).float() for", "test_metrics.py::test_sums_are_added_up_in_float64"),
+    ("extra/kept.py", "weights of the pairs are in the digest", "(dataset.tokens, dataset.learnt, dataset.offsets, dataset.trees)", "(dataset.tokens, dataset.learnt, dataset.offsets, dataset.trees, dataset.facts)", "test_metrics.py::test_a_reference_is_found_again"),
+    ("extra/kept.py", "the name of the weights' file is left out", "{file.name} {file.stat", "{file.stat", "test_metrics.py::test_what_makes_another_reference"),
+    ("extra/kept.py", "the path of a read-only checkpoint is the run's directory", 'else run.out / "encoded")', "else run.out)", "test_metrics.py::test_what_is_kept_and_cannot_be_used_is_computed_anew"),
+    ("extra/kept.py", "what is found is said to be computed", "log-probs found in {path}", "log-probs computed", "test_metrics.py::test_a_reference_is_found_again test_metrics.py::test_a_resumed_run_goes_on_as_if_it_had_not_stopped"),
+    ("extra/objectives.py", "a flipped pair has no mean", "other, length, -margin, mean)", "other, length, -margin)", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    ("extra/objectives.py", "BCO's mean has the wrong sign for rejected ones", "above, below = pairs.a - pairs.mean_logratio, pairs.mean_logratio - pairs.b", "above, below = pairs.a - pairs.mean_logratio, -pairs.mean_logratio - pairs.b", "test_metrics.py::test_every_row_is_that_of_the_plain_trainer"),
+    # sample.py
+    ("sample.py", "the nucleus does not reach its mass", "ordered[ordered.cumsum(-1) - ordered >= top_p] = 0", "ordered[ordered.cumsum(-1) >= top_p] = 0", "test_sample_flags.py::test_frequencies_are_those_of_a_plain_sampler"),
+    ("sample.py", "a nucleus whose mass is reached takes another one", "- ordered >= top_p] = 0", "- ordered > top_p] = 0", "test_sample_flags.py::test_ties"),
+    ("sample.py", "one random number for the whole batch", "torch.rand(len(sums), 1, device", "torch.rand(1, 1, device", "test_sample_flags.py::test_frequencies_are_those_of_a_plain_sampler"),
+    ("sample.py", "the bound counts all heads", "c.num_hidden_layers * c.num_key_value_heads", "c.num_hidden_layers * c.num_attention_heads", "test_sample_flags.py::test_blocks_stay_within_four_gibibytes"),
+    ("sample.py", "the bound forgets what is sampled", "max(map(len, encoded)) + max_new_tokens\n", "max(map(len, encoded))\n", "test_sample_flags.py::test_blocks_stay_within_four_gibibytes"),
+    ("sample.py", "the template's stops only if all are conversations", "if any(map(data.is_turns, prompts)):", "if all(map(data.is_turns, prompts)):", "test_sample_flags.py::test_only_conversations_end_with_a_turn"),
+    ("sample.py", "the columns are exchanged", "filter(None, (args.checkpoint, args.compare))", "filter(None, (args.compare, args.checkpoint))", "test_sample_flags.py::test_two_checkpoints_side_by_side"),
+    ("sample.py", "the reference has the policy's tokenizer", "trees = draw(model, tokenizer, prompts, **options)\n        columns", "tokenizer = data.find_tokenizer(args.checkpoint)\n        trees = draw(model, tokenizer, prompts, **options)\n        columns", "test_sample_flags.py::test_two_checkpoints_side_by_side"),
+    ("sample.py", "repeated prompts are not side by side", "return [prompt for prompt in prompts for _ in range(args.best_of or args.n)]", "return prompts * (args.best_of or args.n)", "test_sample_flags.py::test_a_flag_changes_what_it_says_and_nothing_else"),
+    ("sample.py", "--n is ignored beside --prompts", "for _ in range(args.best_of or args.n)", "for _ in range(args.best_of or (1 if args.prompts else args.n))", "test_sample_flags.py::test_completions_are_printed_under_their_prompts"),
+    ("sample.py", "--compile is not passed on", '"top_p", "seed", "compile")', '"top_p", "seed")', "test_sample_flags.py::test_a_flag_changes_what_it_says_and_nothing_else"),
+    ("sample.py", "another default than the help says", '"--max_new_tokens", type=int, default=256', '"--max_new_tokens", type=int, default=128', "test_sample_flags.py::test_every_flag_has_a_case"),
+    ("extra/reward.py", "--beta=0 counts as not given", "if args.beta is not None or not", "if args.beta or not", "test_sample_flags.py::test_beta_is_given_or_of_the_checkpoint_or_a_tenth"),
+    ("extra/reward.py", "another tokenizer of as many pieces passes", "if not same or (tokenizer and other and tokenizer.proto != other.proto):", "if not same:", "test_sample_flags.py::test_a_reference_has_the_same_tokenizer"),
+    ("extra/reward.py", "the template's space is in the candidates", "return text.strip() if data.is_turns(prompt) else text", "return text", "test_sample_flags.py::test_candidates_are_the_samples_of_their_prompts"),
+    ("extra/reward.py", "the first reward is shown as the best's", "(reward {scores.max():.3f})", "(reward {scores[0]:.3f})", "test_sample_flags.py::test_the_best_of_several"),
+    ("extra/reward.py", "rewards of other prompts", "np.concatenate(rewards).reshape(-1, n)", "np.concatenate(rewards).reshape(n, -1).T", "test_sample_flags.py::test_the_best_of_several"),
+    ("extra/reward.py", "--best_of with the reference as policy", "trees, texts = draw_texts(policy, tokenizer", "trees, texts = draw_texts(reference, tokenizer", "test_sample_flags.py::test_the_best_of_several"),
+    ("extra/reward.py", "the mean of the rows' means", "mean reward {np.concatenate(rewards).mean():.4f}", "mean reward {np.mean([r.mean() for r in rewards]):.4f}", "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
+    ("extra/reward.py", "candidates are counted as rankings", 'if "candidates" not in row and len(r) > 1]\n    if ranked:', "if len(r) > 1]\n    if ranked:", "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
+    ("extra/reward.py", "ties win", "np.mean([a > b for a, b", "np.mean([a >= b for a, b", "test_sample_flags.py::test_ties_are_no_wins"),
+    ("extra/reward.py", "only best and worst of a ranking are compared", "wins = lambda r: np.mean([a > b for a, b in itertools.combinations(r, 2)])", "wins = lambda r: np.mean(r[0] > r[-1])", "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
+    ("extra/reward.py", "the margin is between best and second", "np.mean([r[0] - r[-1] for r in ranked])", "np.mean([r[0] - r[1] for r in ranked])", "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
+    ("extra/reward.py", "the correlation with the length of the chosen", "[len(chosen) - len(rejected) for _, chosen", "[len(chosen) for _, chosen", "test_sample_flags.py::test_margins_and_lengths_of_pairs"),
+    ("extra/reward.py", "the window is of the prompt and the first response", "max(len(tree[0]) + max(map(len, tree[1:]))", "max(len(tree[0]) + len(tree[1])", "test_sample_flags.py::test_nothing_beyond_the_window_is_scored"),
+    ("extra/reward.py", "the average under the reference", "(p.exp() * (p - q)).sum(-1)", "(q.exp() * (p - q)).sum(-1)", "test_sample_flags.py::test_divergence_is_a_plain_sum_over_the_samples"),
+    ("extra/reward.py", "rows one too early", "torch.arange(len(batch.tokens) - len(batch.targets), len(batch.tokens))", "torch.arange(len(batch.tokens) - len(batch.targets), len(batch.tokens)) - 1", "test_sample_flags.py::test_divergences_belong_to_their_responses"),
+    ("extra/reward.py", "divergences in the order of packing", "kl[examples] = sequence_kl(policy, reference, batch).cpu()", "kl[np.sort(examples)] = sequence_kl(policy, reference, batch).cpu()", "test_sample_flags.py::test_divergences_belong_to_their_responses"),
+    ("extra/reward.py", "the error of KL with ddof 0", "kl.std(ddof=1) / len(kl) ** 0.5", "kl.std() / len(kl) ** 0.5", "test_sample_flags.py::test_divergence_is_a_plain_sum_over_the_samples"),
+    ("extra/reward.py", "policy and reference exchanged", "kl = measure_kl(policy, reference, trees)", "kl = measure_kl(reference, policy, trees)", "test_sample_flags.py::test_divergence_is_a_plain_sum_over_the_samples"),
+    ("extra/chat.py", "the answer is remembered with the template's space", '"content": said.strip()})', '"content": said})', "test_sample_flags.py::test_a_conversation_grows"),
+    ("extra/chat.py", "the answer is remembered with what ends it", "said = tokenizer.decode([i for i in ids if i not in stops], continuation=True)", "said = tokenizer.decode(ids, continuation=True)", "test_sample_flags.py::test_a_conversation_grows"),
+    ("extra/chat.py", "what ends the turn is shown", "self.ids += [i for i in new if i not in self.stops]", "self.ids += new", "test_sample_flags.py::test_a_conversation_grows"),
+    ("extra/chat.py", "sampling flags do not reach the chat", "[turns], **options, on_token=stream)", '[turns], options["max_new_tokens"], on_token=stream)', "test_sample_flags.py::test_a_conversation_grows"),
+    ("extra/chat.py", "nothing but EOS ends an answer", "return {tokenizer.eos_id, template_of(tokenizer).eos_id, end_of_turn(tokenizer)}", "return {tokenizer.eos_id, template_of(tokenizer).eos_id}", "test_sample_flags.py::test_what_ends_an_answer"),
+    ("extra/cache.py", "compiled steps are of many shapes", "used = self.size if self.compile else self.used", "used = self.used", "test_sample_flags.py::test_each_step_is_compiled_in_one_shape"),
+    ("extra/cache.py", "the cache is float32 under autocast", "dtype = torch.get_autocast_dtype(kind)", "dtype = torch.float32", "test_sample_flags.py::test_the_cache_has_the_precision_in_use"),
+    ("extra/refusals.py", "--score --seed is ignored", 'sampler = shaped | {"max_new_tokens", "seed", "compile"}', 'sampler = shaped | {"max_new_tokens", "compile"}', "test_sample_flags.py::test_flags_are_refused_where_they_would_be_ignored"),
+    ("extra/refusals.py", "--beta without a reward is ignored", '({"beta"}, not (args.score or args.best_of)', '({"beta"}, not args.compare', "test_sample_flags.py::test_flags_are_refused_where_they_would_be_ignored"),
+    ("extra/refusals.py", "--temperature=0 --n draws copies", '({"top_k", "top_p", "seed", "n", "best_of"}, greedy', '({"top_k", "top_p", "seed"}, greedy', "test_sample_flags.py::test_flags_are_refused_where_they_would_be_ignored"),
+    ("extra/refusals.py", "--best_of --out is refused", "written = args.out and not (args.score or args.best_of", "written = args.out and not (args.score", "test_sample_flags.py::test_flags_are_refused_where_they_would_be_ignored"),
+    ("sample.py", "completions lose their first space", "[tokenizer.decode(ids, continuation=True) for _, ids in trees]", "[tokenizer.decode(ids) for _, ids in trees]", "test_sample_flags.py::test_two_checkpoints_side_by_side"),
+    ("sample.py", "blocks of up to 999", "size, new = min(1000,", "size, new = min(999,", "test_sample_flags.py::test_no_block_is_that_of_another_seed"),
+    ("sample.py", "top-k of the whole batch", "logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]", "logits.topk(min(top_k, logits.shape[-1])).values[:1, -1:]", "test_sample_flags.py::test_frequencies_are_those_of_a_plain_sampler"),
+    ("extra/reward.py", "what --best_of writes is shown, too", "        if not args.out:\n", "        if True:\n", "test_sample_flags.py::test_the_best_of_several"),
+    ("extra/reward.py", "the number of prompts as that of samples", "nats per response, {len(kl):,} samples", "nats per response, {len(kl) // args.n:,} samples", "test_sample_flags.py::test_divergence_is_a_plain_sum_over_the_samples"),
+    ("extra/reward.py", "β is not passed on to --best_of", "rewards = sample.implicit_rewards(policy, reference, trees, beta_of(args))\n    rows = candidates", "rewards = sample.implicit_rewards(policy, reference, trees, 0.1)\n    rows = candidates", "test_sample_flags.py::test_the_best_of_several"),
+    ("extra/reward.py", "the error of the accuracy from 0.5", "error = right.std() / len(right) ** 0.5", "error = 0.5 / len(right) ** 0.5", "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
+    ("extra/reward.py", "margins of demonstrations and candidates in the correlation", 'if "candidates" not in row and len(tree) == 3]', "if len(tree) == 3][: len(ranked)]", "test_sample_flags.py::test_margins_and_lengths_of_pairs"),
+    ("extra/reward.py", "rewards are written worst first", 'row["rewards"] = scores.tolist()', 'row["rewards"] = sorted(scores.tolist(), reverse=True)', "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
+    ("extra/chat.py", "the user's turn is not remembered with the answer", '        turns.append({"role": "user", "content": text})\n', '        turns = turns[:1] + [{"role": "user", "content": text}]\n', "test_sample_flags.py::test_a_conversation_grows"),
+    ("extra/chat.py", "--chat samples with the defaults' stops", "stream = Stream(tokenizer, stops)", "stream = Stream(tokenizer, {tokenizer.eos_id})", "test_sample_flags.py::test_a_conversation_grows"),
+    # From a file to a batch, and the doctor
+    ("data.py", "a continuation loses its leading and double spaces with models that remove them", '\\x1a\\x04\\x18\\x00\\x20\\x00"', '\\x1a\\x02\\x18\\x00"', "test_data_path.py::test_a_continuation_is_encoded_as_it_stands"),
+    ("data.py", "the room of a response is what the uncut prompt leaves", "room = max(max_length - min(len(prompt), max_prompt), 0)", "room = max(max_length - len(prompt), 0)", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "an example is cut to nothing that is learnt, and kept", "any(max(ids, default=-1) < 0 for ids in cut)", "not all(cut)", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "the last reason that applies is counted, not the first", "max(spoilt, key=spoilt.get)", "[what for what in spoilt if spoilt[what]][-1]", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "a ranking with two equal responses is dropped", "len(distinct) < min(2, len(responses))", "len(distinct) < len(responses)", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "the weights are those of the examples before the drops", "            if tree := fit(token_ids(example, tokenizer), max_length, max_prompt, counts):\n                facts.append((example.weight, example.label, example.margin))\n", "            facts.append((example.weight, example.label, example.margin))\n            if tree := fit(token_ids(example, tokenizer), max_length, max_prompt, counts):\n", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "token id 0 counts as hidden", "learnt = flat >= 0", "learnt = flat > 0", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "a ranking's weight is divided by its responses, not its pairs", "[max(1, len(several)), 1, 1]", "[len(responses), 1, 1]", "test_data_path.py::test_rankings_share_the_weight_of_one_example"),
+    ("data.py", "a stand-in is learnt", "learnt.append(real * dataset.learnt[response])", "learnt.append(dataset.learnt[response])", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "the lengths count what is hidden", "lengths=integers([max(1, mask.sum()) for mask in learnt])", "lengths=integers([max(1, len(mask)) for mask in learnt])", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "the reference is taken in the order of the batch", "else dataset.reference[ids]", "else dataset.reference[: len(ids)]", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "a batch is soft if all labels are", "soft=bool((facts[:, 1] < 1).any())", "soft=bool((facts[:, 1] < 1).all())", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "the targets of SFT's loss count the users' turns", "sum(int(self.learnt[where].sum()) for e in examples", "sum(where.stop - where.start for e in examples", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "a packed micro-batch may not be full", "all(load <= budget or", "all(load < budget or", "test_data_path.py::test_a_full_micro_batch_is_within_its_budget"),
+    ("data.py", "the retry doubles the micro-batches", "count += 1 + count // 16", "count *= 2", "test_data_path.py::test_packing_takes_as_few_micro_batches_as_the_rule_allows"),
+    ("data.py", "seed 0 does not shuffle", "order if seed is None else", "order if not seed else", "test_data_path.py::test_every_seed_and_epoch_has_its_own_order"),
+    ("data.py", "blank lines do not count as lines", "for number, line in enumerate(file, 1):", "for number, line in enumerate(filter(bytes.strip, file), 1):", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "only the first of several files is read", 'filter(None, paths.split(","))', 'filter(None, paths.split(",")[:1])', "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "for SFT chosen is taken though the row has a response", '("chosen" in row and "response" not in row)', '"chosen" in row', "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("data.py", "a tokenizer is trained on best responses alone", "for content in (e.prompt, *e.responses))", "for content in (e.prompt, *e.responses[:1]))", "test_data_path.py::test_a_trained_tokenizer_has_seen_every_text"),
+    ("data.py", "a tokenizer is trained on a conversation's first turn", "for t in (c if is_turns(c)", "for t in (c[:1] if is_turns(c)", "test_data_path.py::test_a_trained_tokenizer_has_seen_every_text"),
+    ("extra/formats.py", "a weight of 0 counts as missing", "    if value is None:\n        return default", "    if not value:\n        return default", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/formats.py", "the margin of scores has the wrong sign", "scores[0] - scores[1] if", "scores[1] - scores[0] if", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/formats.py", "a summary keeps its own space beside the added one", 'f" {t.lstrip()}"', 'f" {t}"', "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/formats.py", "a quoted Human: without its colon opens a turn", 'r"\\n\\n(Human|Assistant): ?"', 'r"\\n\\n(Human|Assistant):? ?"', "test_data_path.py::test_quoted_turns_open_none"),
+    ("extra/formats.py", "a quoted Human: after one newline opens a turn", 'r"\\n\\n(Human|Assistant): ?"', 'r"\\n+(Human|Assistant): ?"', "test_data_path.py::test_quoted_turns_open_none"),
+    ("extra/formats.py", "what both responses begin with is moved to the prompt, even the last turn", "limit = min(len(chosen), len(rejected)) - 1", "limit = min(len(chosen), len(rejected))", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/formats.py", "the shortest repetition is found, not the longest", "    for start in range(len(history) + 1):\n", "    for start in reversed(range(len(history) + 1)):\n", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/formats.py", "SFT learns only a conversation's first answer", "(turns[first:last],)", "(turns[first : first + 1],)", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/formats.py", "for SFT a row with messages and a pair is read as a pair", '"demonstrations": DEMONSTRATIONS + PREFERENCES + PLAIN_TEXT', '"demonstrations": PREFERENCES + DEMONSTRATIONS + PLAIN_TEXT', "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/chat.py", "users' turns within a response are learnt", "self.split(opened[len(done) :], hidden=True)", "self.split(opened[len(done) :])", "test_data_path.py::test_what_is_learnt_of_a_conversation"),
+    ("extra/chat.py", "an answer that the template leaves open has no end", "return parts if ended else [*parts, Part([self.eos_id])]", "return parts", "test_data_path.py::test_what_is_learnt_of_a_conversation"),
+    ("extra/chat.py", "a template's BOS is left out with add_bos_token false", "[bos] * (given or self.add_bos)", "[bos] * self.add_bos", "test_data_path.py::test_what_is_learnt_of_a_conversation"),
+    ("extra/chat.py", "the guard stays in the text", 'piece.replace(GUARD, "") if token is None', "piece if token is None", "test_data_path.py::test_what_is_learnt_of_a_conversation"),
+    ("extra/chat.py", "a prompt begins as if it went on", "part._replace(start=i == 0)", "part._replace(start=False)", "test_data_path.py::test_what_is_learnt_of_a_conversation"),
+    ("extra/chat.py", "an answer is empty if its first turn is", 'if response[-1]["content"]:', 'if response[0]["content"]:', "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/chat.py", "the assistant's turn is opened if any response begins with it", "answer = all(response[0]", "answer = any(response[0]", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/chat.py", "shorter control tokens are found within longer ones", "sorted(self.control, key=len, reverse=True)", "sorted(self.control, key=len)", "test_data_path.py::test_names_of_control_tokens_are_those_of_the_files_beside_the_model"),
+    ("extra/chat.py", "EOS is the model's though tokenizer_config.json names another", 'self.names[f"{name}_token"] = token if token in self.control else piece', 'self.names[f"{name}_token"] = piece', "test_data_path.py::test_names_of_control_tokens_are_those_of_the_files_beside_the_model"),
+    ("extra/encoded.py", "what another run left is found again", "not (run.point and counts.is_file())", "not counts.is_file()", "test_data_path.py::test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs"),
+    ("extra/encoded.py", "all sets are kept in one place", 'name.replace(" ", "_")', "name.split()[0]", "test_data_path.py::test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs"),
+    ("extra/encoded.py", "ranks do not wait for what rank 0 writes", "    run.wait()\n", "", "test_data_path.py::test_other_ranks_wait_for_the_first"),
+    ("extra/encoded.py", "texts without a prompt are continuations", "if isinstance(e.prompt, str) and e.prompt and tokenizer]", "if isinstance(e.prompt, str) and tokenizer]", "test_data_path.py::test_every_row_reaches_its_batch"),
+    ("extra/doctor.py", "evaluation files' examples count in the total", "total[UNUSABLE] += diagnose(path, held_out, set(), tokenizer, limits, 0)[UNUSABLE]", "total += diagnose(path, held_out, set(), tokenizer, limits, 0)", "test_doctor.py::test_every_number_of_a_random_mixture"),
+    ("extra/doctor.py", "unusable rows of evaluation files leave the exit code 0", "total[UNUSABLE] += diagnose(path, held_out, set(), tokenizer, limits, 0)[UNUSABLE]", "diagnose(path, held_out, set(), tokenizer, limits, 0)", "test_doctor.py::test_large_numbers_have_commas_and_bad_rows_leave_the_rest"),
+    ("extra/doctor.py", "the 95 % column is the 90 % quantile", "[0.05, 0.5, 0.95, 1]", "[0.05, 0.5, 0.9, 1]", "test_doctor.py::test_every_number_of_a_random_mixture"),
+    ("extra/doctor.py", "rejected is the second of a ranking, not its worst", "example.responses[0], example.responses[-1])", "example.responses[0], example.responses[:2][-1])", "test_doctor.py::test_every_number_of_a_random_mixture"),
+    ("extra/doctor.py", "the tokens in all are scaled by the examples that are left", 'total / counts["examples"]', "total / len(dataset)", "test_doctor.py::test_every_number_of_a_random_mixture"),
+    ("extra/doctor.py", "the sample favours late examples", 'rng.randrange(facts["examples"])', "rng.randrange(SAMPLE)", "test_doctor.py::test_every_example_is_as_likely_to_be_in_the_sample"),
+    ("extra/doctor.py", "contradictions are looked for where only the prompt is the same", "reverse in seen and this != reverse", "prompt in seen and this not in seen", "test_doctor.py::test_every_number_of_a_random_mixture"),
+    ("extra/doctor.py", "texts without a prompt share a prompt", "prompted and prompt in seen", "prompt in seen", "test_doctor.py::test_every_number_of_a_random_mixture"),
+    ("extra/doctor.py", "--show acts on the first file only", "tokenizer, limits, args.show)", "tokenizer, limits, args.show if not seen else 0)", "test_doctor.py::test_what_is_shown_is_what_the_model_reads"),
+    ("extra/doctor.py", "a file of pairs with one text in it is shown as SFT", "alone = all(len(example.responses) == 1", "alone = any(len(example.responses) == 1", "test_doctor.py::test_every_number_of_a_random_mixture"),
+    ("extra/doctor.py", "the progress is said every 10,000 rows", "if number % 100_000 == 0:", "if number % 10_000 == 0:", "test_doctor.py::test_a_large_file_says_how_far_it_is_read"),
+    ("extra/doctor.py", "a later file without a usable row ends quietly", '        raise data.DataError(f"{path}: no row can be used")\n', "        return facts\n", "test_doctor.py::test_a_file_of_which_nothing_can_be_used_ends_it"),
+    # The built-in experiment, the benchmark, the model
+    ("experiments/reviews.py", "SFT and DPO are swapped", '(("SFT", reference), ("DPO", policy))', '(("SFT", policy), ("DPO", reference))', "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
+    ("experiments/reviews.py", "policy and reference are swapped when they are loaded", "policy, tokenizer = load(checkpoint)\n    reference, _ = load(other)", "policy, tokenizer = load(other)\n    reference, _ = load(checkpoint)", "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
+    ("experiments/reviews.py", "a sample that was cut off is accepted", "accepted = np.isfinite(rewards) & ended", "accepted = np.isfinite(rewards)", "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
+    ("experiments/reviews.py", "ended is asked of BOS", "response[-1] == tokenizer.eos_id", "response[-1] != tokenizer.bos_id", "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
+    ("experiments/reviews.py", "what is not accepted is left out of the mean reward by nan's neighbour", "np.where(accepted, rewards, 0.0)", "np.where(np.isfinite(rewards), rewards, 0.0)", "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
+    ("experiments/reviews.py", "more held-out labels than it says", "held_out = min(count, 2000)", "held_out = min(count, 5000)", "test_reports.py::test_at_most_two_thousand_held_out_labels"),
+    ("experiments/reviews.py", "entropy and loss are swapped in print", '{m["loss"]:.4f} nats; entropy of the grammar {m["entropy"]:.4f}', '{m["entropy"]:.4f} nats; entropy of the grammar {m["loss"]:.4f}', "test_reports.py::test_the_report_prints_these_figures_and_samples"),
+    ("experiments/reviews.py", "weights of tastes are not normalised", "p.append(p1 / len(aspects) * p2 * p3 * p4 / total)", "p.append(p1 / len(aspects) * p2 * p3 * p4)", "test_reports.py::test_the_grammar_samples_by_its_tables"),
+    ("experiments/reviews.py", "the evaluation prompts are among those of training", '"train": prompts[order[200:]]}', '"train": prompts[order[100:]]}', "test_reports.py::test_the_files_of_the_experiment_say_what_they_are_for"),
+    ("experiments/reviews.py", "an n-th clause's entropy counts always", "reach = COUNTS[::-1].cumsum()[::-1]", "reach = np.ones(3)", "test_reports.py::test_optimum_and_frontier_are_tilted_sums_over_rewards"),
+    ("experiments/reviews.py", "evaluation data do not depend on the split", 'rng = np.random.default_rng([self.seed, 1, split == "eval"])', "rng = np.random.default_rng([self.seed, 1])", "test_reports.py::test_the_files_of_the_experiment_say_what_they_are_for"),
+    ("experiments/reviews.py", "label prefers the worse", "better - worse + rng.logistic() < 0", "better - worse + rng.logistic() > 0", "test_reports.py::test_label_pairs_neighbours"),
+    ("experiments/reviews.py", "--count is ignored", "report(args.checkpoint, args.reference, args.count)", "report(args.checkpoint, args.reference)", "test_reports.py::test_each_flag_of_the_reviews_script_acts"),
+    ("experiments/reviews.py", "the report compares the SFT model with itself", 'report(out, out / "sft" if settings.sft_epochs else settings.init_from)', 'report(out / "sft", out / "sft" if settings.sft_epochs else settings.init_from)', "test_reports.py::test_the_experiment_trains_on_its_files_and_reports_on_its_checkpoints"),
+    ("experiments/losses.py", "the reference of a row is the last policy", "m = measure(out, start, args.count)", "m = measure(start, out, args.count)", "test_reports.py::test_the_table_of_losses"),
+    ("experiments/losses.py", "--count is ignored", "m = measure(out, start, args.count)", "m = measure(out, start, 5000)", "test_reports.py::test_the_table_of_losses"),
+    ("tests/benchmark.py", "ratios upside down", "ratios = [a / b for a, b in zip(seconds[slow], seconds[fast])]", "ratios = [b / a for a, b in zip(seconds[slow], seconds[fast])]", "test_reports.py::test_measurements_in_turn"),
+    ("tests/benchmark.py", "a step of ours is the ladder's last", 'statistics.median(seconds["shared prompt"]), work(', 'statistics.median(seconds["ours, live"]), work(', "test_reports.py::test_the_table_of_steps"),
+    ("tests/benchmark.py", "pairs of a block only", "pairs, tokens = len(trees) / median, asks[0] / median", "pairs, tokens = len(blocks) / median, asks[0] / median", "test_reports.py::test_the_table_of_steps"),
+    ("tests/benchmark.py", "tokens are targets", "asks[0] / median", "asks[1] / median", "test_reports.py::test_the_table_of_steps"),
+    ("tests/benchmark.py", "a cached reference is run", '"cached reference": make_step(standard, model, None, bf16)', '"cached reference": make_step(standard, model, reference, bf16)', "test_reports.py::test_each_row_of_the_ladder_runs_what_it_is_named_for"),
+    ("tests/benchmark.py", "lengths of the mixture are unbounded", "8, 1024))", "8, 10**9))", "test_reports.py::test_the_mixture_has_the_lengths_it_says"),
+    ("tests/benchmark.py", "memory's ratio is upside down", "ratio {c / a:.3f} and {d / b:.3f}", "ratio {a / c:.3f} and {b / d:.3f}", "test_reports.py::test_the_table_of_memory"),
+    ("tests/benchmark.py", "freed tensors count", "self.live -= size\n", "self.live -= 0\n", "test_reports.py::test_peak_memory_is_that_of_live_tensors"),
+    ("tests/benchmark.py", "growth of the wrong size", "s = base | {size: int(value * factor)}", "s = base | {'prompt': int(value * factor)}", "test_reports.py::test_the_table_of_growth"),
+    ("tests/benchmark.py", "tokens of one sequence", 'speed = batch * 64 / statistics.median(seconds["ours"])', 'speed = 64 / statistics.median(seconds["ours"])', "test_reports.py::test_the_table_of_sampling"),
+    ("tests/benchmark.py", "a plan's longest is the sum", "len(loads) * max(loads)", "max(loads)", "test_reports.py::test_the_figures_of_planning_and_start"),
+    ("tests/benchmark.py", "ranks compare as many pairs", "pairs = 48 if before else 24", "pairs = 48 if not before else 24", "test_reports.py::test_the_table_of_ranks"),
+    ("tests/benchmark.py", "seconds for milliseconds", "{seconds[1] * 1000:.1f} ms", "{seconds[1]:.1f} ms", "test_reports.py::test_the_figures_of_a_first_start"),
+    ("tests/benchmark.py", "sections asked for are ignored", "for name in args.sections or SECTIONS:", "for name in SECTIONS:", "test_reports.py::test_the_benchmark_runs_the_sections_it_is_asked_for"),
+    ("model.py", "eps is a constant", "self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)", "self.norm = RMSNorm(config.hidden_size, 1e-6)", "test_reports.py::test_eps_and_theta_of_the_config_are_used"),
+    ("model.py", "activations are kept", "if self.activation_checkpointing and torch.is_grad_enabled():", "if self.activation_checkpointing and not torch.is_grad_enabled():", "test_reports.py::test_checkpointing_runs_each_block_again"),
+    ("model.py", "large log-probs at once", "if len(hidden) * len(weight) > MANY or", "if len(hidden) > MANY or", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
+    ("model.py", "the feed-forward is rounded down", "-(-8 * width // 3 // 32) * 32", "(8 * width // 3 // 32) * 32", "test_reports.py::test_a_new_shape_is_llamas"),
+    ("model.py", "numbers are not aligned", 'text += b" " * (-len(text) % 8)', 'text += b" " * (-len(text) % 1)', "test_reports.py::test_the_file_is_aligned_and_its_config_says_float32"),
+    ("extra/checkpoints.py", "a bin beside an index is read first", "            if where:\n", "            if where and not (directory / name).is_file():\n", "test_reports.py::test_configs_of_others"),
+    ("extra/checkpoints.py", "the special tokens are left behind", '"special_tokens_map.json", ', "", "test_reports.py::test_what_lies_beside_weights_goes_along"),
+    ("extra/attention.py", "all segments are one group", "members[prompt_size > 0, like(size), like(prompt_size + size)]", "members[prompt_size > 0, 0, 0]", "test_reports.py::test_padding_of_attention_is_bounded"),
+    ("extra/objectives.py", "dpop's alpha is 5", "def dpop(pairs, beta, alpha=50.0)", "def dpop(pairs, beta, alpha=5.0)", "test_reports.py::test_each_option_has_its_papers_default"),
+    ("extra/objectives.py", "kto's z0 is negative, too", "z0 = beta * pairs.mean_logratio * (pairs.mean_logratio > 0)", "z0 = beta * pairs.mean_logratio", "test_objectives.py::test_mean_logratio_by_hand"),
+    ("extra/objectives.py", "a swapped pair keeps its margin", "ref_chosen, other, length, -margin, mean)", "ref_chosen, other, length, margin, mean)", "test_objectives.py::test_a_soft_label_is_an_expectation"),
+    ("extra/lora.py", "adapters of the wrong size", "module.in_features**-0.5", "rank**-0.5", "test_lora.py::test_first_values"),
+    ("model.py", "bf16 is cast before the norm", "        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps\n", "        if torch.is_autocast_enabled(x.device.type):\n            x = x.to(torch.get_autocast_dtype(x.device.type))\n        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps\n", "test_reports.py::test_bf16_is_of_products_alone"),
+    ("model.py", "the logits stay in bf16", "return logits if logits.dtype == torch.float64 else logits.float()", "return logits", "test_model.py::test_token_logps_in_bfloat16"),
+    ("extra/checkpoints.py", "bin before safetensors", 'formats = "model.safetensors", "pytorch_model.bin"', 'formats = "pytorch_model.bin", "model.safetensors"', "test_checkpoints.py::test_shards_in_half_precision_as_distributed"),
+    ("extra/checkpoints.py", "gelu is taken for silu", '("silu", "swish", None)', '("silu", "swish", "gelu", None)', "test_checkpoints.py::test_unusable_checkpoints_are_refused_by_name"),
+    ("extra/checkpoints.py", "a source's precision is kept", "json.dumps(given | saved | kind, indent=2)", "json.dumps(saved | given | kind, indent=2)", "test_checkpoints.py::test_saving_keeps_what_the_source_says"),
+    ("extra/checkpoints.py", "a source's architecture is lost", 'kind = {key: given[key] for key in ("model_type", "architectures") if key in given}', "kind = {}", "test_checkpoints.py::test_a_source_keeps_its_architecture"),
+    ("model.py", "the embedding of a tied head is read twice", 'weights.pop("lm_head.weight", None)', 'weights.pop("head.weight", None)', "test_checkpoints.py::test_a_tied_head_that_is_there_twice_is_read_once"),
+    ("model.py", "init is as wide for residual projections", "math.sqrt(2 * len(self.layers)) if residual", "math.sqrt(len(self.layers)) if residual", "test_model.py::test_initial_weights"),
+    ("extra/attention.py", "a query sees the key after it", "mask = (key <= (prompt_size + query)", "mask = (key <= (prompt_size + query + 1)", "test_model.py::test_packed_shared_chunked_equals_plain"),
+    ("extra/objectives.py", "cpo without the NLL", "(pairs.chosen - pairs.rejected)) - pairs.chosen / pairs.chosen_length", "(pairs.chosen - pairs.rejected))", "test_objectives.py::test_value_and_slope_at_initialisation"),
+    ("extra/objectives.py", "fdpo_forward_kl has the default order", "return fdpo_alpha(pairs, beta, alpha=1.0)", "return fdpo_alpha(pairs, beta)", "test_objectives.py::test_identities"),
+    ("extra/chunked.py", "chunks are too few", "count = -(-len(hidden) * len(weight) // model.MANY)", "count = max(1, len(hidden) * len(weight) // model.MANY)", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
+    ("extra/chunked.py", "the target at the end of a chunk is not found", "within <= last)", "within < last)", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
+    ("extra/chunked.py", "the target at the begin of a chunk is not found", "(within >= 0)", "(within > 0)", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
 ]
+# fmt: on
+MUTATIONS = [Mutation(*entry) for entry in MISTAKES]
 
 
 def copy_project(to: Path) -> Path:
-    for folder in ("extra", "experiments", "tests", "docs"):
-        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in (*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.toml")):
-        shutil.copy(file, to)
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignore)
+    for pattern in ("*.py", "*.md", "*.toml"):
+        for file in ROOT.glob(pattern):
+            shutil.copy(file, to)
     return to
+
+
+def run_pytest(names: list[str], copy: Path):
+    """In a process of its own, forked from one that has imported torch; exits as pytest does."""
+    os.setsid()
+    os.chdir(copy)
+    sys.path[:] = [place for place in sys.path if not Path(place).is_relative_to(ROOT)]
+    sys.dont_write_bytecode = True
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    import pytest
+
+    options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    sys.exit(pytest.main([*options, *(f"tests/{name}" for name in names)]))
 
 
 def run_tests(names: list[str], copy: Path) -> int:
     """pytest's exit status: 0 where all pass, 1 where one fails, else it could not be run."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [*PYTEST, *(f"tests/{name}" for name in names)]
-    options = {"cwd": copy, "env": environment, "capture_output": True, "timeout": PATIENCE}
-    try:
-        return subprocess.run(command, check=False, **options).returncode
-    except subprocess.TimeoutExpired:
+    process = PROCESSES.Process(target=run_pytest, args=(names, copy))
+    process.start()
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
         return 1
+    return process.exitcode
 
 
 def judge(mutation: Mutation, copies: queue.Queue) -> str:
     """What the tests say of a mistake, in one of the copies, which is put back as it was."""
     copy = copies.get()
+    file = copy / mutation.file
+    original = file.read_bytes()
     try:
-        original = (copy / mutation.file).read_text(encoding="utf-8")
-        (copy / mutation.file).write_text(mutation.applied(), encoding="utf-8")
+        file.write_text(mutation.applied(), encoding="utf-8")
         status = run_tests(mutation.tests.split(), copy)
-        (copy / mutation.file).write_text(original, encoding="utf-8")
     finally:
+        file.write_bytes(original)
         copies.put(copy)
     return {0: SURVIVED, 1: CAUGHT}.get(status, BROKEN)
 
 
 def digests(mutations: list[Mutation]) -> dict[Mutation, str]:
-    """Of each mistake, and of all code and tests, which decide whether it is noticed."""
-    folders = (ROOT, ROOT / "extra", ROOT / "experiments", ROOT / "tests")
-    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    """Of each mistake together with all code and tests, which decide whether it is noticed."""
+    files = [file for folder in ("", *FOLDERS) for file in sorted((ROOT / folder).glob("*.py"))]
     code = hashlib.sha256()
     for file in files:
         if file != Path(__file__):
@@ -97,9 +430,8 @@ def digests(mutations: list[Mutation]) -> dict[Mutation, str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    layout = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("words", nargs="*", help="only the entries that mention all of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: all cores")
     args = parser.parse_args()
@@ -107,27 +439,31 @@ def main():
     RESULTS.parent.mkdir(exist_ok=True)
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     keys = digests(chosen)
-    left = [mutation for mutation in chosen if keys[mutation] not in known]
+    left = [mutation for mutation in chosen if known.get(keys[mutation], BROKEN) == BROKEN]
     with tempfile.TemporaryDirectory() as directory:
         copies = queue.Queue()
         for n in range(args.jobs):
             copies.put(copy_project(Path(directory) / str(n)))
         names = sorted({name for mutation in left for name in mutation.tests.split()})
         if left and run_tests(names, copies.queue[0]):
-            sys.exit("mutations.py: these tests must pass before anything is changed")
+            sys.exit("mutations.py: these tests must pass before any mistake is made")
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             judged = {pool.submit(judge, mutation, copies): mutation for mutation in left}
             for done in concurrent.futures.as_completed(judged):
-                mutation = judged[done]
-                known[keys[mutation]] = done.result()
+                mutation, verdict = judged[done], done.result()
+                known[keys[mutation]] = verdict
                 RESULTS.write_text(json.dumps(known, indent=0), encoding="utf-8")
-                print(f"{done.result():9} {mutation.file}: {mutation.what}", flush=True)
-    survivors = [m for m in chosen if known[keys[m]] != CAUGHT]
+                print(f"{verdict:9} {mutation.file}: {mutation.what}", flush=True)
+    survivors = [mutation for mutation in chosen if known[keys[mutation]] != CAUGHT]
     print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} mistakes were caught")
     for mutation in survivors:
         print(f"{known[keys[mutation]]}: {mutation.file}: {mutation.what}")
     sys.exit(1 if survivors else 0)
 
 
+PROCESSES = multiprocessing.get_context("forkserver")
+
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    PROCESSES.set_forkserver_preload(["torch", "transformers", "sentencepiece", "pytest"])
     main()

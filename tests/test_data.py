@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import importlib.util
 import io
-import itertools
 import json
 import math
 import random
@@ -399,31 +398,6 @@ def test_a_batch_holds_what_its_examples_say():
     assert len(demonstration.chosen) == len(demonstration.weights) == 0
 
 
-def test_random_batches_have_rows_for_targets():
-    """What the layout promises, for any examples in any order."""
-    rng = np.random.default_rng(0)
-    for seed in range(50):
-        sizes = [rng.integers(1, 9, rng.integers(2, 5)).tolist() for _ in range(9)]
-        dataset = random_dataset(sizes, seed=seed)
-        examples = rng.permutation(9)[: rng.integers(1, 10)]
-        batch = data.collate(dataset, examples)
-        rows, targets = len(batch.tokens), len(batch.targets)
-        assert rows == dataset.lengths[examples].sum() == len(batch.positions)
-        assert targets == dataset.targets(examples) == batch.lengths.sum()
-        sizes = batch.segments[:, 3]
-        starts = batch.segments[:, 2]
-        assert starts.tolist() == (sizes.cumsum(0) - sizes).tolist(), "end to end"
-        own = batch.segments[batch.segments[:, 2] >= rows - targets]
-        assert own[:, 3].tolist() == batch.lengths.tolist(), "the last M rows are the responses'"
-        assert batch.positions[own[:, 2]].tolist() == own[:, 1].tolist(), "they follow their prompt"
-        for start, size in batch.segments[:, 2:].tolist():
-            run = batch.positions[start : start + size]
-            assert (run.diff() == 1).all()
-        np.testing.assert_allclose(
-            batch.weights.sum(), sum(len(dataset[e]) > 2 for e in examples), rtol=1e-6
-        )
-
-
 def test_a_stand_in_takes_part_and_adds_nothing():
     """A rank without work: an example of weight 0, of which nothing is learnt."""
     for sizes in ([[3, 3, 2, 1], [2, 4]], [[2, 4]]):
@@ -460,22 +434,6 @@ def test_packing_over_many_seeds():
             assert len(bins) == world, "as few as the budget asks for"
         again = data.pack(lengths, examples, budget, world)
         assert all(np.array_equal(a, b) for x, y in zip(step, again) for a, b in zip(x, y))
-
-
-def test_the_examples_of_a_step_depend_on_seed_and_step_alone():
-    """Each once an epoch, in another order in each; however they are packed."""
-    orders = [data.order_of(epoch, 103, seed).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(103)) for order in orders)
-    assert len(set(map(tuple, orders))) == 4
-    assert data.order_of(1, 103, 0).tolist() == orders[1]
-    assert data.order_of(5, 4, None).tolist() == [0, 1, 2, 3], "without a seed that of the data"
-    lengths = np.random.default_rng(0).lognormal(3, 1, 103).astype(int) + 2
-    for world, budget in itertools.product((1, 2, 3, 4), (9, 64, 10**9)):
-        order = data.order_of(0, 103, 0)
-        for first in range(0, 103, 10):
-            step = data.pack(lengths, order[first : first + 10], budget, world)
-            found = np.concatenate([b for rank in step for b in rank])
-            assert set(found) == set(order[first : first + 10])
 
 
 def test_a_batch_moves_whole():

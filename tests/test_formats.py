@@ -57,26 +57,6 @@ def test_a_prompt_is_no_common_prefix(chosen, rejected, tokenizer, tmp_path):
         assert texts == [talk + chosen, talk + rejected]
 
 
-def test_soft_labels_and_margins_reach_the_batch(tmp_path):
-    """As numbers in the file, margins also as the difference of scores; by pair, K-wise weighted."""
-    rows = [
-        IDS | {"soft_label": 0.75, "margin": -1.5, "weight": 2},
-        IDS | {"score_chosen": 8.5, "score_rejected": 6},
-        IDS | {"score_chosen": 8.5, "score_rejected": 6, "margin": 1},
-        {"prompt": [5], "responses": [[6, 2], [7, 2], [8, 2]], "weight": 6, "score_chosen": "A"},
-    ]
-    dataset, _ = encode(read(tmp_path, *rows), None, 9, 8)
-    batch = data.collate(dataset, np.array([1, 0, 3, 2]))
-    assert batch.labels.tolist() == [1, 0.75, 1, 1, 1, 1] and batch.soft
-    assert batch.margins.tolist() == pytest.approx([2.5, -1.5, *[math.nan] * 3, 1], nan_ok=True)
-    assert batch.weights.tolist() == [1, 2, 2, 2, 2, 1]
-    assert not data.collate(dataset, np.array([1, 3])).soft
-    sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": [5], "response": [6], "soft_label": 9}])
-    assert len(list(data.read_examples(sft, "demonstrations"))) == 1, (
-        "in demonstrations they are other fields"
-    )
-
-
 ASKED, YES, NO = turns("s: be brief | u: hi | a: lo | u: 2+2?"), turns("a: 4"), turns("a: 5")
 POST = {"title": "T", "post": "P", "subreddit": "s", "id": "x"}
 RATED = [{"text": " one"}, {"text": "two"}]
@@ -275,17 +255,6 @@ def test_token_ids_are_taken_as_given(tokenizer, tmp_path):
     for known in (None, tokenizer):
         dataset, _ = encode(read(tmp_path, row), known, 9, 9)
         assert dataset.tokens.tolist() == [5, 6, 7, 2, 8]
-
-
-def test_texts_of_all_formats_train_a_tokenizer(tmp_path):
-    rows = [
-        PAIR | {"prompt": "\u2603"},
-        {"chosen": f"{H}\u2604{A}\u2605", "rejected": f"{H}\u2604{A}\u2606"},
-    ]
-    data.Tokenizer.train(read(tmp_path, *rows), tmp_path, 280)
-    tokenizer = data.Tokenizer(tmp_path)
-    for char in "\u2603\u2604\u2605\u2606":
-        assert tokenizer.start.piece_to_id(char) != tokenizer.start.unk_id(), "seen by the trainer"
 
 
 def test_kinds_hold_each_format_once():

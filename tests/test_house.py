@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import mutations
 import pytest
 from conftest import ROOT, write_jsonl
 
@@ -114,3 +115,14 @@ def test_readme_is_true_about_flags_and_sizes():
     for name, lines in re.findall(r"\| \[?`?(\w+\.py)`?\S* \| (\d+) \|", readme):
         actual = source(name.removesuffix(".py")).count("\n")
         assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines"
+
+
+def test_the_list_of_mistakes_fits_the_code():
+    """Each patch of tests/mutations.py fits once, and the tests that it names are there."""
+    assert len(mutations.MUTATIONS) == len(set(mutations.MUTATIONS)) > 80
+    for mutation in mutations.MUTATIONS:
+        mutation.applied()
+        for name in mutation.tests.split():
+            file, _, test = name.partition("::")
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"def {test.partition('[')[0]}(" in text, name

@@ -333,6 +333,13 @@ def test_something_must_be_asked_for(flags):
         sample.parse_arguments(["checkpoint", *flags.split()])
 
 
+@pytest.mark.parametrize("flags", ["--score=x", "--prompt=x --kl", "--prompts=x --best_of=2"])
+def test_a_reward_needs_a_reference(flags):
+    with pytest.raises(data.DataError, match="against a reference: name it with --compare"):
+        sample.parse_arguments(["checkpoint", *flags.split()])
+    sample.parse_arguments(["checkpoint", "--compare=y", *flags.split()])
+
+
 def test_out_is_opened_before_the_work(tmp_path):
     """What cannot be written is noticed at once, and what is there stays until there is more."""
     out = tmp_path / "out.jsonl"
