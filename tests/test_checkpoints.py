@@ -68,11 +68,12 @@ def test_round_trip_and_transformers(shape, tmp_path):
     """Bit-identical after saving and loading; transformers gives the same logits, and vice versa."""
     transformers = pytest.importorskip("transformers")
     model = make_model(CHECKPOINTS[shape], scale=4.0).float()
-    save_pretrained(model, tmp_path)
-    loaded = load_pretrained(tmp_path)
+    directory = tmp_path / "new" / "place"
+    save_pretrained(model, directory)
+    loaded = load_pretrained(directory)
     assert loaded.config == model.config
     assert_same_weights(model, loaded)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
     assert type(theirs).__name__ == f"{'Mistral' if shape == 'Mistral' else 'Llama'}ForCausalLM"
     ids = torch.randint(97, (300,)).tolist()  # far beyond Llama 3's original context
     ours = model(*sequence(ids))

@@ -143,6 +143,16 @@ def test_a_tokenizer_is_trained_saved_and_read_again(tokenizer, tmp_path):
             data.Tokenizer.train(without_text, tmp_path, 300)
 
 
+@pytest.mark.parametrize("missing", ["bos_id", "eos_id"])
+def test_a_tokenizer_without_its_ends_is_refused(missing, tmp_path):
+    options = {"vocab_size": 270, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    options |= {missing: -1, "hard_vocab_limit": False, "model_writer": (model := io.BytesIO())}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["hi you"] * 50), **options)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(data.DataError, match="tokenizer.model: the tokenizer needs a BOS and an"):
+        data.Tokenizer(tmp_path)
+
+
 def test_pieces_that_text_must_not_spell(tmp_path):
     """Control tokens as chat models add them, of the user-defined kind that text can hit."""
     names, model = ["<|im_start|>", "<|im_end|>", "<b>"], io.BytesIO()

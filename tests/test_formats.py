@@ -191,6 +191,7 @@ BAD_ROWS = [
     ({"info": {"post": 3}, "summaries": RATED, "choice": 0}, "'post' must be text, found int"),
     ({"messages": YES}, "'messages' must hold a turn and the assistant's answer"),
     ({"messages": turns("u: a")}, "'messages' must hold a turn and the assistant's answer"),
+    ({"messages": turns("a: b | u: c | a: d")}, "'messages' must hold a turn and the assistant's answer"),
     ({"messages": ["a"]}, "'messages' must hold token ids, or messages"),
     ({"prompt": "p", "response": None}, "'response' must be text or a list, found None"),
     (PAIR | {"system": "be brief"}, "'system' is not supported: write it into the prompt"),
