@@ -185,6 +185,7 @@ BAD_ROWS = [
     ({"question": "q", "response_j": "j"}, "field 'response_k' is missing"),
     ({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "0 or 1 for the better"),
     ({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": "1"}, "'labels' must be a whole"),
+    ({"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": True}, "'labels' must be a whole number, found bool"),
     ({"info": POST, "summaries": RATED[:1], "choice": 0}, "expected two responses"),
     ({"info": POST, "summaries": [{"text": 3}, {}], "choice": 0}, "'summaries' must be text, found int"),
     ({"info": {}, "summaries": RATED, "choice": 0}, "neither a post nor an article"),

@@ -62,6 +62,24 @@ def test_grammar_is_exact(monkeypatch):
     )
 
 
+def test_the_grammar_is_the_one_of_the_published_figures():
+    """With another table, size or preset those of the README are no longer true."""
+    grammar = reviews.Reviews()
+    assert grammar.entropy() == pytest.approx(12.851348809, rel=1e-9)
+    assert grammar.optimum(1.0) == pytest.approx((3.258591643, 1.452245875), rel=1e-9)
+    assert grammar.frontier(0.0) == pytest.approx(0.369349598, rel=1e-8)
+    assert grammar.frontier(0.82) - grammar.frontier(0.0) == pytest.approx(2.167422410, rel=1e-6)
+    rewards = {kind: clauses[0].p @ clauses[0].r for kind, clauses in grammar.clauses.items()}
+    expected = {"film": 0.167272727, "novel": 0.312727273, "hotel": 0.04, "cafe": 0.209811321}
+    assert rewards == pytest.approx(expected | {"game": 0.153207547}, rel=1e-7)
+    for clauses in grammar.clauses.values():
+        assert [len(c.texts) for c in clauses] == [256, 1152, 768]
+    assert len(grammar.prompts["train"]) == 1400 and len(grammar.prompts["eval"]) == 200
+    assert (reviews.DEMONSTRATIONS, reviews.PAIRS, reviews.SAMPLES) == (60_000, 6_000, 5_000)
+    presets = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
+    assert presets == reviews.SETTINGS
+
+
 def test_grammar_labels_and_acceptance():
     grammar = reviews.Reviews(seed=1)
     pairs = grammar.preferences(4000, "train")

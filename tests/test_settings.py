@@ -1042,6 +1042,22 @@ def test_a_setting_acts_as_it_says_and_changes_nothing_else(case, compared, worl
     assert [path.name for path in cwd.iterdir()] == ["out"] * (case.setting == "out_dir")
 
 
+PROMISED = {
+    "data": "reviews", "eval_data": "", "sft_data": "", "init_from": "", "tokenizer": "", "out_dir": "out/reviews",
+    "resume": False, "loss": "dpo", "beta": 0.1, "sft_weight": 0.0, "optimizer": "adamw", "learning_rate": 1e-6,
+    "sft_learning_rate": 1e-5, "lr_schedule": "linear", "warmup_steps": 20, "weight_decay": 0.0, "grad_clip": 1.0,
+    "batch_size": 64, "epochs": 1, "sft_epochs": 1, "max_steps": 0, "shuffle": True, "seed": 0, "max_length": 512,
+    "max_prompt_length": 256, "micro_batch_tokens": 4096, "vocab_size": 640, "hidden_size": 128, "num_layers": 2,
+    "num_heads": 4, "dtype": "auto", "lora_rank": 0, "compile": False, "activation_checkpointing": False,
+    "log_every": 25, "eval_every": 0, "save_every": 0, "wandb": "disabled", "options": {"label_smoothing": 0.0},
+}  # fmt: skip
+
+
+def test_a_default_is_a_promise():
+    """Another one makes another run of every command that does not give that setting."""
+    assert dataclasses.asdict(train.parse_settings(["--data=reviews"])) == PROMISED
+
+
 def test_every_setting_has_its_case():
     fields = {field.name for field in dataclasses.fields(train.Settings)} - {"options"}
     for loss in LOSSES.values():
