@@ -48,8 +48,8 @@ class Mutation(NamedTuple):
 # fmt: off
 MISTAKES = [
     # What was once asked for, printed or reported wrongly, and nobody noticed
-    ("data.py", "a micro-batch may exceed its budget", "if all(load <= budget or len(bins[i]) == 1 for load, i in heap):", "if all(load <= 2 * budget or len(bins[i]) == 1 for load, i in heap):", "test_data.py::test_packing_over_many_seeds"),
-    ("data.py", "the retry of the packing is never taken", "if all(load <= budget or len(bins[i]) == 1 for load, i in heap):", "if heap:", "test_data.py::test_packing_over_many_seeds"),
+    ("data.py", "a micro-batch may exceed its budget", "if all(load <= budget or len(bins[i]) == 1 for load, i in heap):", "if all(load <= 2 * budget or len(bins[i]) == 1 for load, i in heap):", "test_data_path.py::test_packing_takes_as_few_micro_batches_as_the_rule_allows"),
+    ("data.py", "the retry of the packing is never taken", "if all(load <= budget or len(bins[i]) == 1 for load, i in heap):", "if heap:", "test_data_path.py::test_packing_takes_as_few_micro_batches_as_the_rule_allows"),
     ("dpo.py", "weight decay on the norms, too", 'if p.dim() < 2], "weight_decay": 0.0}', 'if p.dim() < 2], "weight_decay": weight_decay}', "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[weight_decay=3.0]"),
     ("train.py", "with --max_steps the schedule still runs over all epochs", "dpo.schedule(s.lr_schedule, s.warmup_steps, step, steps)", "dpo.schedule(s.lr_schedule, s.warmup_steps, step, epochs * per_epoch)", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[max_steps=2]"),
     ("train.py", "the order of the data does not depend on --seed", "s.seed if s.shuffle else None", "0 if s.shuffle else None", "test_settings.py::test_a_setting_acts_as_it_says_and_changes_nothing_else[seed=1]"),
@@ -57,7 +57,7 @@ MISTAKES = [
     ("train.py", "wandb gets SFT and DPO under the same names", 'self.wandb.log({f"{stage}/{name}": value', 'self.wandb.log({f"{name}": value', "test_metrics.py::test_weights_and_biases_gets_each_row"),
     ("train.py", "evaluation rows are missing in wandb", "        if self.wandb:\n", '        if self.wandb and "eval/loss" not in row:\n', "test_metrics.py::test_weights_and_biases_gets_each_row"),
     ("sample.py", "the nucleus is of probabilities at temperature 1", "    probabilities = logits.softmax(-1)\n    if top_p < 1:\n        ordered, index = probabilities.sort(descending=True)\n", "    probabilities = logits.softmax(-1)\n    if top_p < 1:\n        ordered, index = (logits * temperature).softmax(-1).sort(descending=True)\n", "test_sample_flags.py::test_frequencies_are_those_of_a_plain_sampler"),
-    ("extra/reward.py", "the margin is printed with the wrong sign", "np.mean([r[0] - r[-1] for r in ranked])", "np.mean([r[-1] - r[0] for r in ranked])", "test_sample_flags.py::test_margins_and_lengths_of_pairs"),
+    ("extra/reward.py", "the margin is printed with the wrong sign", "np.mean([r[0] - r[-1] for r in ranked])", "np.mean([r[-1] - r[0] for r in ranked])", "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
     ("extra/reward.py", "β is that of the reference's run", 'path = Path(args.checkpoint) / "run.json"', 'path = Path(args.compare) / "run.json"', "test_sample_flags.py::test_beta_is_given_or_of_the_checkpoint_or_a_tenth"),
     ("experiments/reviews.py", "the report's KL is of the reference's samples", 'for name, model in (("SFT", reference), ("DPO", policy)):', 'for name, model in (("DPO", policy), ("SFT", reference)):', "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
     ("extra/formats.py", "a quoted Human: inside a turn opens a turn", 're.split(r"\\n\\n(Human|Assistant): ?", text)', 're.split(r"\\s*(Human|Assistant): ?", text)', "test_data_path.py::test_quoted_turns_open_none"),

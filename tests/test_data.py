@@ -424,28 +424,6 @@ def test_a_stand_in_takes_part_and_adds_nothing():
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_packing_over_many_seeds():
-    """Every example once, the same number of micro-batches on every rank, none over the budget
-    unless it holds one example, and loads as even as the longest example allows."""
-    rng = np.random.default_rng(0)
-    for seed in range(400):
-        total, world = int(rng.integers(1, 60)), int(rng.integers(1, 9))
-        lengths = np.random.default_rng(seed).lognormal(3, 1, 103).astype(int) + 2
-        budget = int(rng.choice([1, 20, 60, 200, 10**6]))
-        examples = rng.permutation(103)[:total]
-        step = data.pack(lengths, examples, budget, world)
-        assert len(step) == world and len({len(rank) for rank in step}) == 1
-        bins = [b for rank in step for b in rank]
-        assert sorted(np.concatenate(bins).tolist()) == sorted(examples.tolist())
-        loads = [int(lengths[b].sum()) for b in bins]
-        assert all(load <= budget or len(b) == 1 for load, b in zip(loads, bins))
-        assert max(loads) <= sum(loads) / len(loads) + lengths[examples].max()
-        if budget == 10**6:
-            assert len(bins) == world, "as few as the budget asks for"
-        again = data.pack(lengths, examples, budget, world)
-        assert all(np.array_equal(a, b) for x, y in zip(step, again) for a, b in zip(x, y))
-
-
 def test_a_batch_moves_whole():
     batch = data.collate(random_dataset([[3, 3, 2], [2, 4, 2]]), np.array([0, 1]))
     moved = batch.to("cpu")
