@@ -361,12 +361,14 @@ MISTAKES = [
     ("extra/chunked.py", "chunks are too few", "count = -(-len(hidden) * len(weight) // model.MANY)", "count = max(1, len(hidden) * len(weight) // model.MANY)", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
     ("extra/chunked.py", "the target at the end of a chunk is not found", "within <= last)", "within < last)", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
     ("extra/chunked.py", "the target at the begin of a chunk is not found", "(within >= 0)", "(within > 0)", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
-    # Found by random patches
+    # Found by random patches, and by people who had not read the tests
     ("extra/kept.py", "every rank brings the values that were kept", "if run.rank == 0 and checkpoint:", "if checkpoint:", "test_train.py::test_all_features_on_two_ranks_and_resumed"),
     ("data.py", "a tokenizer without BOS is taken", "if min(self.bos_id, self.eos_id) < 0:", "if self.eos_id < 0:", "test_data.py::test_a_tokenizer_without_its_ends_is_refused"),
     ("extra/refusals.py", "--score without a reference passes", "if (args.score or args.best_of or args.kl) and not args.compare:", "if (args.best_of or args.kl) and not args.compare:", "test_sample_flags.py::test_a_reward_needs_a_reference"),
     ("extra/formats.py", "a conversation may begin with the assistant", '"assistant" not in roles[1:] or roles[0] == "assistant"', '"assistant" not in roles[1:]', "test_formats.py::test_bad_rows_of_each_format_are_one_sentence"),
     ("extra/encoded.py", "texts are encoded one by one", "    if not examples:\n        return\n    prompts", "    if examples:\n        return\n    prompts", "test_data_path.py::test_files_of_many_blocks_keep_their_order"),
+    ("extra/formats.py", "text before the first turn of an HH transcript is lost silently", "if before or not parts:", "if not parts:", "test_formats.py::test_bad_rows_of_each_format_are_one_sentence"),
+    ("extra/reward.py", "an empty answer in a chat is scored by the tokenizer's EOS, not by what ends a turn", "    end = tokenizer.eos_id\n    if data.is_turns(example.prompt):", "    end = tokenizer.eos_id\n    if data.is_turns(example.responses):", "test_sample_flags.py::test_who_says_nothing_in_a_conversation_ends_the_turn"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]

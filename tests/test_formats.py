@@ -156,6 +156,7 @@ BAD_ROWS = [
     ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
     ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
     ({"chosen": "a", "rejected": f"{H}a{A}b"}, "field 'prompt' is missing"),
+    ({"chosen": f"Once.{H}a{A}b", "rejected": f"Once.{H}a{A}c"}, "field 'prompt' is missing"),
     ({"prompt": "a", "chosen": 3, "rejected": "b"}, "'chosen' must be text or a list, found int"),
     ({"prompt": None, "chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
     ({"prompt": "a", "chosen": "\ud800", "rejected": "b"}, "'chosen' has half a surrogate pair"),

@@ -1048,3 +1048,15 @@ def test_what_ends_an_answer(tokenizer, tmp_path, template, eos, ends):
     config = {"chat_template": template, "added_tokens_decoder": ADDED, "eos_token": eos}
     t = with_files(tokenizer, tmp_path / "t", config, {})
     assert chat.stop_ids(t) == ends
+
+
+@pytest.mark.parametrize(("template", "end"), [(CHATML, 321), (ZEPHYR, 2)])
+def test_who_says_nothing_in_a_conversation_ends_the_turn(tokenizer, tmp_path, template, end):
+    """In a text the sequence; what is said stays as it is."""
+    config = {"chat_template": template, "added_tokens_decoder": ADDED}
+    t = with_files(tokenizer, tmp_path / "t", config, {})
+    silent, told = [[5, 6], [], [7, 2], []], [[5, 6], [7, 2]]
+    talk = data.Example(turns("u: hello"), ())
+    assert reward.with_ends(silent, talk, t) == [[5, 6], [end], [7, 2], [end]]
+    assert reward.with_ends(silent, data.Example("hello", ()), t) == [[5, 6], [2], [7, 2], [2]]
+    assert reward.with_ends(told, talk, t) == told
