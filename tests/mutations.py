@@ -369,6 +369,7 @@ MISTAKES = [
     ("extra/encoded.py", "texts are encoded one by one", "    if not examples:\n        return\n    prompts", "    if examples:\n        return\n    prompts", "test_data_path.py::test_files_of_many_blocks_keep_their_order"),
     ("extra/formats.py", "text before the first turn of an HH transcript is lost silently", "if before or not parts:", "if not parts:", "test_formats.py::test_bad_rows_of_each_format_are_one_sentence"),
     ("extra/reward.py", "an empty answer in a chat is scored by the tokenizer's EOS, not by what ends a turn", "    end = tokenizer.eos_id\n    if data.is_turns(example.prompt):", "    end = tokenizer.eos_id\n    if data.is_turns(example.responses):", "test_sample_flags.py::test_who_says_nothing_in_a_conversation_ends_the_turn"),
+    ("dpo.py", "the evaluation is of this rank's own share only", 'averages(run.total(sums), "eval")', 'averages(sums, "eval")', "test_train.py::test_several_ranks_equal_one[2-flags0]"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]

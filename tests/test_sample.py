@@ -1,4 +1,4 @@
-"""What sample.py does with a checkpoint: rewards against plain sums, candidates, chat, misuse."""
+"""What sample.py makes of a checkpoint: a ranking of its samples, or one sentence; the cache."""
 
 import json
 
