@@ -364,8 +364,7 @@ def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run:
 
 
 def load_state(stage: str, model, optimizer, mean: torch.Tensor, run: Run) -> int:
-    """Restore what this stage left, `mean` in place; returns the number of steps already done. (all
-    ranks)"""
+    """Restore what this stage left, `mean` in place; returns the steps already done. (all ranks)"""
     if run.point.get("stage") != stage:
         return 0
     import torch.distributed.checkpoint as dcp

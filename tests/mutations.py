@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("extra", "experiments", "tests", "docs")
 RESULTS = ROOT / "out" / "mutations.json"
 PATIENCE = 600  # seconds: a mistake that hangs is noticed, too
+PROCESSES = multiprocessing.get_context("forkserver")
 CAUGHT, SURVIVED, BROKEN = "caught", "SURVIVED", "BROKEN"
 
 
@@ -469,8 +470,6 @@ def main():
         print(f"{known[keys[mutation]]}: {mutation.file}: {mutation.what}")
     sys.exit(1 if survivors else 0)
 
-
-PROCESSES = multiprocessing.get_context("forkserver")
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
