@@ -410,10 +410,11 @@ def test_a_million_pairs(tmp_path):
     data.Tokenizer.train([data.Example(text(100), ()) for _ in range(2000)], tmp_path, 4000)
     code = """if True:
         import resource, sys, time, data
+        from extra.encoded import encode_ahead
         from pathlib import Path
         here, start = Path(sys.argv[1]), time.perf_counter()
-        examples = data.read_preferences(str(here / "hh.jsonl"))
-        dataset, _ = data.encode(examples, data.Tokenizer(here), 512, 256)
+        examples, tokenizer = data.read_preferences(str(here / "hh.jsonl")), data.Tokenizer(here)
+        dataset, _ = data.encode(encode_ahead(examples, tokenizer), tokenizer, 512, 256)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(len(dataset), len(dataset.tokens), round(seconds), peak)
