@@ -118,6 +118,7 @@ class Example(NamedTuple):
     weight: float = 1.0
     label: float = 1.0  # probability that chosen is better than rejected
     margin: float = math.nan  # by how much, for the losses that ask; nan: not known
+    context: dict | None = None  # what a chat template is handed beside the turns: tools, …
 
 
 def read_point(out: Path) -> dict:
