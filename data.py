@@ -13,6 +13,7 @@ The prompt's last token opens every response, whose first token it predicts. So 
 response predicts one target, and the rows of prompts none. As a script it is the data doctor.
 """
 
+import contextlib
 import functools
 import gzip
 import heapq
@@ -49,6 +50,16 @@ class Tokenizer:
     # Protobuf messages concatenate by merging: this sets normalizer_spec.add_dummy_prefix and
     # remove_extra_whitespaces to false, for a second processor that invents and removes no space.
     CONTINUE = b"\x1a\x04\x18\x00\x20\x00"
+    rendered = False  # are texts conversations that a chat template wrote? (extra/chat.py)
+
+    def __new__(cls, path: str | Path):
+        """One of the room's classes, if it is there: they know what lies beside, and other kinds."""
+        if cls is Tokenizer:
+            with contextlib.suppress(ImportError):
+                from extra.tokenizers import find_class
+
+                cls = find_class(path)
+        return super().__new__(cls)
 
     def __init__(self, path: str | Path):
         """Read a tokenizer.model, or the one in a directory. Raises DataError."""
@@ -66,11 +77,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = self.start.bos_id(), self.start.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{path}: the tokenizer needs a BOS and an EOS piece")
-        self.spelt = {}  # pieces that are control tokens, though text may spell them
-        if b"<|" in self.proto:
-            from extra.chat import spell_out
-
-            self.spelt = spell_out(self)
+        self.opening = [self.bos_id]  # of a text
 
     @staticmethod
     def train(examples: Iterable["Example"], directory: Path, vocab_size: int):
@@ -92,9 +99,7 @@ class Tokenizer:
 
     def encode(self, text: str | list[str], continuation: bool = False):
         """Ids of a text (or of each of a list), without BOS and EOS; decode gives the text back."""
-        ids = (self.inside if continuation else self.start).encode(text)
-        spell = lambda ids: [j for i in ids for j in self.spelt.get(i, (i,))] if self.spelt else ids
-        return list(map(spell, ids)) if isinstance(text, list) else spell(ids)
+        return (self.inside if continuation else self.start).encode(text)
 
     def decode(self, ids: list[int], continuation: bool = False) -> str:
         """The text of ids; with `continuation` that of a response alone, its first space kept."""
@@ -104,7 +109,8 @@ class Tokenizer:
 
 def find_tokenizer(path: str | Path) -> Tokenizer | None:
     """The one there; None for a checkpoint that has none, and takes token ids."""
-    found = not Path(path).is_dir() or (Path(path) / "tokenizer.model").exists()
+    names = (Path(path) / name for name in ("tokenizer.model", "tokenizer.json"))
+    found = not Path(path).is_dir() or any(name.exists() for name in names)
     return Tokenizer(path) if found else None
 
 
@@ -219,11 +225,11 @@ def token_ids(example: Example, tokenizer: Tokenizer | None) -> list[list[int]]:
         return [prompt, *responses]
     if tokenizer is None:
         raise DataError(f"{example.where}: text needs a tokenizer.model; else give token ids")
-    if is_turns(prompt):
+    if is_turns(prompt) or tokenizer.rendered:
         from extra.chat import encode_chats
 
         return encode_chats([example], tokenizer)[0]
-    tree = [[tokenizer.bos_id, *tokenizer.encode(prompt)]]
+    tree = [[*tokenizer.opening, *tokenizer.encode(prompt)] or [tokenizer.eos_id]]
     for text in responses:
         ids = tokenizer.encode(text, continuation=bool(prompt))
         tree.append([*ids, tokenizer.eos_id] if text else [])

@@ -1,6 +1,6 @@
 """Conversations: the checkpoint's chat template, and what is learnt of what it writes.
 
-The template is a program (jinja) that comes with a checkpoint, in a file beside tokenizer.model. It
+The template is a program (jinja) that comes with a checkpoint, in a file beside its tokenizer. It
 writes a conversation as one text with control tokens in it, which is split where they stand:
 
     [{"role": "user", "content": "2+2?"}], answered by "4"
@@ -16,28 +16,37 @@ import itertools
 import json
 import re
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jinja2.sandbox
 
 import data
 
-# How chats are written when a checkpoint has no template of its own: as in Anthropic's HH files.
+# How chats are written when a checkpoint has no template of its own: as in Anthropic's HH files,
+# and every answer ends.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ {'system': '', 'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: '}[m.role]"
-    " + m.content }}"
+    " + m.content + (eos_token if m.role == 'assistant' else '') }}"
     "{% endfor %}{{ '\n\nAssistant:' if add_generation_prompt else '' }}"
 )
 GUARD = "\ufdd0"  # never a character of text: it keeps user text from spelling a control token
+OPEN_END = GUARD + GUARD  # and this marks where an answer is to be continued
+SPELT = "with text that spells control tokens, kept text (--rendered reads it as tokens)"
 
 
 class Part(NamedTuple):
-    """A stretch of a sequence: token ids, or text still to be encoded."""
+    """A stretch of a sequence: a control token's id, or text still to be encoded."""
 
     content: str | list[int]
-    start: bool = False  # text that begins the sequence: SentencePiece puts a space before it
     hidden: bool = False  # read, but not learnt: the user's turns within a response
+    place: str = ""  # of a text: first, after or inside, as extra/tokenizers.py has them
+
+
+class Rewritten(data.DataError):
+    """The template writes earlier turns differently once others follow."""
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -49,7 +58,9 @@ def compile_template(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    now = time.localtime()  # one date for all examples, whenever midnight is
+    environment.globals |= {"raise_exception": refuse}
+    environment.globals |= {"strftime_now": lambda form: time.strftime(form, now)}
     environment.globals |= {"tools": None, "documents": None}
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     for mark, block in (("generation", "if true"), ("endgeneration", "endif")):  # of what is learnt
@@ -68,137 +79,214 @@ def one_sentence(about: str):
         raise data.DataError(f"{about} ({' '.join(str(error).split())})") from None
 
 
-def beside(tokenizer: data.Tokenizer, name: str) -> str:
-    """What is in a file beside its tokenizer.model; "" if there is none."""
-    file = tokenizer.path.with_name(name)
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
-
-
-def control_tokens(tokenizer: data.Tokenizer) -> dict[str, int]:
-    """Control tokens by name: those of the model, and those that are added beside it."""
-    control = {}
-    for i in range(tokenizer.vocab_size):
-        piece = tokenizer.start.id_to_piece(i)
-        if tokenizer.start.is_control(i) or re.fullmatch(r"<\|.+\|>", piece):
-            control[piece] = i
-    control |= json.loads(beside(tokenizer, "added_tokens.json") or "{}")
-    config = json.loads(beside(tokenizer, "tokenizer_config.json") or "{}")
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        control[token["content"]] = int(i)
-    return control
-
-
-def spell_out(tokenizer: data.Tokenizer) -> dict[int, list[int]]:
-    """What SentencePiece would find in any text though it is a control token, a user-defined piece
-    like <|im_end|>: its id, and the ids that spell it instead. Raises DataError."""
-    with one_sentence(f"{tokenizer.path.parent}: its tokenizer files are not valid"):
-        control, spelt = control_tokens(tokenizer), {}
-    for i in range(tokenizer.vocab_size):
-        piece = tokenizer.start.id_to_piece(i)
-        found = not (tokenizer.start.is_control(i) or tokenizer.start.is_unknown(i))
-        if found and piece in control:
-            spelt[i] = tokenizer.inside.encode(piece[:1]) + tokenizer.inside.encode(piece[1:])
-    return spelt
-
-
 class Template:
-    """The chat template of a tokenizer, and its control tokens by name."""
+    """The chat template of a tokenizer."""
 
     def __init__(self, tokenizer: data.Tokenizer):
-        """From the files beside its tokenizer.model. Raises DataError."""
+        """From the files beside its own. Raises DataError."""
         self.tokenizer = tokenizer
+        self.source = tokenizer.template or PLAIN_TEMPLATE
+        self.turn_end = re.compile(rf"{tokenizer.control_pattern.pattern}\s*$")
         with one_sentence(f"{tokenizer.path.parent}: its tokenizer files are not valid"):
-            self.configure()
+            self.template = compile_template(self.source)
 
-    def configure(self):
-        config = json.loads(beside(self.tokenizer, "tokenizer_config.json") or "{}")
-        self.control, self.spelt = control_tokens(self.tokenizer), spell_out(self.tokenizer)
-        longest_first = sorted(self.control, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first))
-        self.control_pattern = re.compile(f"({pattern})")
-        self.turn_end = re.compile(rf"({pattern})(\s*)$")
-
-        self.names = {}  # what templates call bos_token and eos_token
-        for name, i in (("bos", self.tokenizer.bos_id), ("eos", self.tokenizer.eos_id)):
-            token = config.get(f"{name}_token")
-            token = token["content"] if isinstance(token, dict) else token
-            piece = self.tokenizer.start.id_to_piece(i)
-            self.names[f"{name}_token"] = token if token in self.control else piece
-        self.bos_id = self.control.get(self.names["bos_token"], self.tokenizer.bos_id)
-        self.eos_id = self.control.get(self.names["eos_token"], self.tokenizer.eos_id)
-        self.add_bos = config.get("add_bos_token", True)
-
-        template = beside(self.tokenizer, "chat_template.jinja") or config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        self.template = compile_template(template or PLAIN_TEMPLATE)
-
-    def render(self, turns: list[dict], answer: bool, where: str = "") -> str:
-        """The conversation as the template writes it; if `answer`, up to the assistant's."""
+    def render(self, turns: list[dict], answer: bool, where: str = "", context=None) -> str:
+        """The conversation as the template writes it; if `answer`, up to the assistant's. context:
+        tools, documents, and what else it is handed."""
+        given = dict(context or {})
+        given |= given.pop("chat_template_kwargs", None) or {}
+        given |= {"messages": turns, "add_generation_prompt": answer}
         with one_sentence(f"{where}: the chat template refuses the turns"):
-            return self.template.render(messages=turns, add_generation_prompt=answer, **self.names)
+            return self.template.render(self.tokenizer.names | given)
 
-    def guard(self, turns: list[dict]) -> list[dict]:
-        """The turns, with control tokens that their text spells broken up until they are split."""
-        broken = lambda match: match[0][:1] + GUARD + match[0][1:]
-        return [{k: self.control_pattern.sub(broken, v) for k, v in t.items()} for t in turns]
+    def guard(self, value):
+        """Turns, or whatever is in them, with control tokens that text spells broken up until the
+        rendered text is split."""
+        if isinstance(value, str):
+            broken = lambda match: match[0][:1] + GUARD + match[0][1:]
+            return self.tokenizer.control_pattern.sub(broken, value)
+        if isinstance(value, dict):
+            return {key: self.guard(inner) for key, inner in value.items()}
+        return [self.guard(inner) for inner in value] if isinstance(value, list) else value
 
     def split(self, text: str, hidden: bool = False) -> list[Part]:
         """Rendered text as parts: the template's control tokens as ids, the rest as text."""
-        parts = []
-        for piece in filter(None, self.control_pattern.split(text)):
-            token = self.control.get(piece)
-            content = piece.replace(GUARD, "") if token is None else [token]
-            parts.append(Part(content, hidden=hidden))
+        parts, control = [], self.tokenizer.control
+        for n, piece in enumerate(self.tokenizer.control_pattern.split(text)):
+            if n % 2:  # some tokens take the space beside them along
+                token = control[piece] if piece in control else control[piece.strip()]
+                parts.append(Part([token], hidden))
+            elif piece:
+                parts.append(Part(piece.replace(GUARD, ""), hidden))
         return parts
 
+    def begin(self, turns: list[dict], answer: bool, where: str, context) -> str:
+        """The turns as rendered, up to where the assistant speaks if `answer`; within its turn, if
+        that was the last: then it is continued."""
+        if not answer or turns[-1]["role"] != "assistant":
+            return self.render(turns, answer, where, context)
+        last = turns[-1] | {"content": (turns[-1]["content"] or "") + OPEN_END}
+        begun, mark, _ = self.render([*turns[:-1], last], False, where, context).partition(OPEN_END)
+        if not mark:
+            raise data.DataError(f"{where}: the chat template does not write the turn to continue")
+        return begun
+
     def layout(self, example: data.Example) -> list[list[Part]]:
-        """The parts of an example's sequences: the prompt, then each response; of an empty answer
-        none. Raises DataError where the template refuses the turns, or forgets earlier ones."""
-        turns, bos = self.guard(example.prompt), Part([self.bos_id])
-        answer = all(response[0]["role"] == "assistant" for response in example.responses)
-        begun = self.render(turns, answer, example.where)
-        head = self.split(begun)
-        given = head[:1] == [bos]
-        head = [part._replace(start=i == 0) for i, part in enumerate(head[given:])]
-        sequences = [[bos] * (given or self.add_bos) + head]
+        """The parts of an example's sequences: the prompt, then each response. Raises Rewritten
+        where the template writes earlier turns differently in the end, DataError where it refuses
+        the turns."""
+        turns, context = self.guard(example.prompt), self.guard(example.context)
+        answer = all(r[0]["role"] == "assistant" for r in example.responses if r)
+        begun = self.begin(turns, answer, example.where, context)
+        sequences = [self.split(begun)]
         for response in example.responses:
-            parts = []
-            if response[-1]["content"]:
-                said = self.guard(response)
-                parts = self.continuation(turns, begun, answer, said, example.where)
-            sequences.append(parts)
-        return sequences
+            said, inputs = self.guard(response), (begun, answer, example.where, context)
+            sequences.append(self.continuation(turns, said, *inputs) if response else [])
+        return self.placed(sequences)
+
+    def placed(self, sequences: list[list[Part]]) -> list[list[Part]]:
+        """With the place of every text; and with a BOS where the template wrote none and the
+        tokenizer wants it. A response needs something that it is read after."""
+        head, *responses = sequences
+        last, placed = None, []
+        for parts in ([*head], *responses):
+            before, done = last, []
+            for part in parts:
+                if isinstance(part.content, str):
+                    is_text = before and isinstance(before.content, str)
+                    place = "inside" if is_text else "after" if before else "first"
+                    part = part._replace(place=place)
+                done.append(part)
+                before = part
+            last = last or before  # of the prompt
+            placed.append(done)
+        t = self.tokenizer
+        if t.add_bos and placed[0][:1] != [Part(t.opening)]:
+            placed[0].insert(0, Part(t.opening))
+        placed[0] = placed[0] or [Part(t.opening or [t.eos_id])]
+        return placed
 
     def continuation(
-        self, turns: list[dict], begun: str, answer: bool, response: list[dict], where: str
+        self, turns: list[dict], response: list[dict], begun: str, answer: bool, where: str, context
     ) -> list[Part]:
-        """The parts of a response to `turns`: what the assistant says, with what ends it; between
-        its turns, hidden, those of others. begun: the turns as rendered; answer: do they end where
-        the assistant speaks?"""
-        parts, done, ended = [], begun, None
+        """The parts of a response to `turns`: what the assistant says, each time with what ends it;
+        between its turns, hidden, those of others. begun: the turns as rendered; answer: do they
+        end where the assistant speaks?"""
+        parts, done, history = [], begun, turns
         for i, turn in enumerate(response):
-            if turn["role"] != "assistant":
-                continue
-            history = turns + response[:i]
-            opened = self.render(history, True, where) if i or not answer else begun
-            full = self.render([*history, turn], False, where)
-            if not (opened.startswith(done) and full.startswith(opened)):
-                raise data.DataError(f"{where}: the chat template rewrites earlier turns")
-            said = full[len(opened) :]
-            ended = self.turn_end.search(said)
-            if ended:  # what follows the token that ends a turn is not learnt
-                said = said[: ended.start(2)]
-            parts += self.split(opened[len(done) :], hidden=True) + self.split(said)
-            done = opened + said
-        return parts if ended else [*parts, Part([self.eos_id])]
+            if i == 0 and answer and turns[-1]["role"] == "assistant":  # the turn goes on
+                history, opened = turns[:-1], begun
+                turn = turn | {"content": turns[-1]["content"] + turn["content"]}
+            elif turn["role"] == "assistant":
+                opened = self.render(history, True, where, context) if i or not answer else begun
+            if turn["role"] == "assistant":
+                full = self.render([*history, turn], False, where, context)
+                if not (opened.startswith(done) and full.startswith(opened)):
+                    raise Rewritten(f"{where}: the chat template rewrites earlier turns")
+                said = full[len(opened) :]
+                hidden = turn.get("train") is False
+                parts += self.split(opened[len(done) :], True) + self.answer(said, hidden)
+                done = opened + said[: self.length(said)]
+            history = [*history, turn]
+        return parts
 
-    def encode(self, texts: list[str], continuation: bool) -> list[list[int]]:
-        """The tokenizer's ids of texts, in which user-defined control tokens are spelt out."""
-        encoded = self.tokenizer.encode(texts, continuation)
-        if not self.spelt:
-            return encoded
-        return [[j for i in ids for j in self.spelt.get(i, (i,))] for ids in encoded]
+    def length(self, said: str) -> int:
+        """Of an answer as rendered, up to what ends it: what follows that is not learnt."""
+        ended = self.turn_end.search(said)
+        return ended.end(1) if ended else len(said)
+
+    def answer(self, said: str, hidden: bool = False) -> list[Part]:
+        """The parts of an answer as rendered, with EOS where the template leaves it open."""
+        parts = self.split(said[: self.length(said)], hidden)
+        ended = parts and not isinstance(parts[-1].content, str)
+        return parts if ended else [*parts, Part([self.tokenizer.eos_id], hidden)]
+
+    def last_answers(self, example: data.Example) -> list[list[Part]]:
+        """The layout where the template rewrites earlier turns: everything as rendered for the last
+        turn of each response, of which alone something is learnt."""
+        turns, context, heads, answers = self.guard(example.prompt), self.guard(example.context), [], []
+        for response in filter(None, map(self.guard, example.responses)):
+            history = [*turns, *response[:-1]]
+            begun = self.begin(history, True, example.where, context)
+            inputs = begun, True, example.where, context
+            answers.append(self.continuation(history, response[-1:], *inputs))
+            heads.append(self.split(begun))
+        same = lambda column: all(part == column[0] for part in column)
+        shared = [column[0] for column in itertools.takewhile(same, zip(*heads))]
+        if not shared:
+            raise Rewritten(f"{example.where}: the chat template rewrites earlier turns")
+        sequences, pairs = [shared], iter(zip(heads, answers))
+        for response in example.responses:
+            head, answer = next(pairs) if response else (shared, [])
+            sequences.append([p._replace(hidden=True) for p in head[len(shared) :]] + answer)
+        return self.placed(sequences)
+
+    def rendered(self, example: data.Example) -> list[list[Part]]:
+        """The layout of texts that a template wrote: their control tokens are meant. What ends a
+        response is not doubled, and what follows it not learnt."""
+        opening = [Part([i]) for i in self.tokenizer.opening]
+        prompt, responses = self.split(example.prompt), []
+        if prompt[: len(opening)] != opening:
+            prompt = opening + prompt
+        for text in example.responses:
+            ended = self.length(text)
+            parts = self.answer(text) + self.split(text[ended:], True) if text else []
+            if not example.prompt and opening and parts[: len(opening)] == opening:
+                parts = parts[len(opening) :]  # the text brings its own
+            responses.append(parts)
+        return self.placed([prompt, *responses])
+
+    def lay_out(self, example: data.Example) -> list[list[Part]]:
+        """The parts of an example's sequences, whatever it is."""
+        if not data.is_turns(example.prompt):
+            return self.rendered(example)
+        try:
+            return self.layout(example)
+        except Rewritten:
+            if len(answers_of(example)) > 1:  # separate() makes several examples of it
+                raise
+            return self.last_answers(example)
+
+
+def answers_of(example: data.Example) -> list[int]:
+    """Where in the response of a demonstration the assistant's answers are that are learnt."""
+    if len(example.responses) != 1:
+        return []
+    turns = enumerate(example.responses[0])
+    return [i for i, t in turns if t["role"] == "assistant" and t.get("train") is not False]
+
+
+def separate(example: data.Example, tokenizer: data.Tokenizer) -> list[data.Example]:
+    """A conversation to be learnt whole, as one example for each answer if the template rewrites
+    earlier turns: so each is learnt in the context that the template gives it."""
+    answers = answers_of(example)
+    if len(answers) < 2:
+        return [example]
+    try:
+        template_of(tokenizer).layout(example)
+    except Rewritten:
+        prompt, [turns] = example.prompt, example.responses
+        return [
+            example._replace(prompt=prompt + turns[:i], responses=(turns[i : i + 1],))
+            for i in answers
+        ]
+    return [example]
+
+
+def check_written(example: data.Example, tokenizer: data.Tokenizer):
+    """Raise DataError naming what the example has and the template leaves out."""
+    template, context = template_of(tokenizer), example.context or {}
+    for response in example.responses:
+        turns = [*example.prompt, *response]
+        used = {"tools"} if context.get("tools") else set()
+        used |= {n for turn in turns for n in ("tool_calls", "reasoning_content") if turn.get(n)}
+        rest = [turn for turn in turns if turn["role"] != "tool"]
+        if len(rest) < len(turns) and "tool" not in template.source:
+            whole, without = (template.render(t, False, example.where) for t in (turns, rest))
+            used |= {"tool"} if whole == without else set()
+        if missing := [name for name in sorted(used) if name not in template.source]:
+            what = f"{example.where}: the chat template leaves out '{missing[0]}'"
+            raise data.DataError(f"{what}: take it out of the data, or take a template that has it")
 
 
 @functools.lru_cache(maxsize=8)
@@ -208,28 +296,42 @@ def template_of(tokenizer: data.Tokenizer) -> Template:
 
 
 def encode_chats(examples: list[data.Example], tokenizer: data.Tokenizer) -> list[list[list[int]]]:
-    """[prompt ids, response ids, …] of each example, all of them conversations, before any cut.
+    """[prompt ids, response ids, …] of each example, before any cut: conversations, or texts that
+    a template rendered.
 
     BOS, where the template or the tokenizer wants one, and what ends a turn are included; of what
-    is read but not learnt there is ~id; an empty answer has no ids. Raises DataError.
+    is read but not learnt there is ~id; a response without turns has no ids. Raises DataError.
     """
-    template = template_of(tokenizer)
-    layouts = list(map(template.layout, examples))
-    texts = {True: [], False: []}  # SentencePiece encodes a list at a time, on all cores
+    layouts = list(map(template_of(tokenizer).lay_out, examples))
+    texts = {"first": [], "after": [], "inside": []}  # encoded a list at a time, on all cores
     for part in itertools.chain.from_iterable(itertools.chain.from_iterable(layouts)):
         if isinstance(part.content, str):
-            texts[part.start].append(part.content)
-    encoded = {start: iter(template.encode(texts[start], not start)) for start in texts}
+            texts[part.place].append(part.content)
+    encoded = {place: iter(tokenizer.encode_at(place, texts[place])) for place in texts}
 
     def ids(part: Part) -> list[int]:
-        ids = next(encoded[part.start]) if isinstance(part.content, str) else part.content
+        ids = next(encoded[part.place]) if part.place else part.content
         return [~i for i in ids] if part.hidden else ids
 
     join = lambda sequence: list(itertools.chain.from_iterable(map(ids, sequence)))
-    trees = [list(map(join, sequences)) for sequences in layouts]
-    for tree in trees:
-        tree[0] = tree[0] or [template.bos_id]  # a response needs something that it is read after
-    return trees
+    return [list(map(join, sequences)) for sequences in layouts]
+
+
+def merges(example: data.Example, tokenizer: data.Tokenizer) -> bool:
+    """Would a joint encoding of prompt and first response merge tokens across their boundary?"""
+    if data.is_turns(example.prompt) or tokenizer.rendered:
+        head, response = template_of(tokenizer).lay_out(example)[:2]
+        (before, after), place = (head[-1], (response or head)[0]), head[-1].place
+        if not before.place or after.place != "inside":
+            return False
+        left, right = before.content, after.content
+    else:
+        (left, right), place = (example.prompt, example.responses[0]), "first"
+    joint, apart, rest = (
+        tokenizer.encode_at(p, [text])[0]
+        for p, text in ((place, left + right), (place, left), ("inside", right))
+    )
+    return joint != apart + rest
 
 
 def end_of_turn(tokenizer: data.Tokenizer) -> int:
@@ -237,13 +339,13 @@ def end_of_turn(tokenizer: data.Tokenizer) -> int:
     prompt = [{"role": "user", "content": "x"}]
     answer = [{"role": "assistant", "content": "x"}]
     example = data.Example(prompt, (answer,), str(tokenizer.path.parent))
-    [end] = template_of(tokenizer).layout(example)[1][-1].content
-    return end
+    return encode_chats([example], tokenizer)[0][1][-1]
 
 
-def stop_ids(tokenizer: data.Tokenizer) -> set[int]:
-    """The ids that end an answer: EOS, and what the template ends the assistant's turn with."""
-    return {tokenizer.eos_id, template_of(tokenizer).eos_id, end_of_turn(tokenizer)}
+def stop_ids(tokenizer: data.Tokenizer) -> list[int]:
+    """The ids that end an answer: EOS, what the template ends the assistant's turn with, and what
+    generation_config.json names."""
+    return list(dict.fromkeys([tokenizer.eos_id, end_of_turn(tokenizer), *tokenizer.stops]))
 
 
 class Stream:
@@ -271,7 +373,7 @@ def talk(args, options: dict):
     model, tokenizer = sample.load(args.checkpoint)
     if tokenizer is None:
         raise data.DataError(f"{args.checkpoint}: --chat needs a tokenizer.model there")
-    stops = stop_ids(tokenizer)
+    stops = set(stop_ids(tokenizer))
     turns = [{"role": "system", "content": args.system}] if args.system else []
     while True:
         try:

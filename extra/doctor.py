@@ -55,7 +55,7 @@ def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data
 
 def is_empty(response) -> bool:
     """Has the response no text at all?"""
-    return not (response[-1]["content"] if data.is_turns(response) else response)
+    return not response
 
 
 def show_counts(facts: Counter):
@@ -129,7 +129,7 @@ def show_encoded(sample: list, total: int, tokenizer, limits: tuple, shown: int,
 def spell(ids: np.ndarray, learnt: np.ndarray, tokenizer: data.Tokenizer) -> str:
     """Text of a sequence with what is learnt in green, or between « » where there is no colour."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
-    names = {i: name for name, i in chat.template_of(tokenizer).control.items()}
+    names = {i: name for name, i in tokenizer.control.items()}
     text = ""
     for told, run in itertools.groupby(zip(ids.tolist(), learnt.tolist()), lambda pair: pair[1]):
         text += on * told

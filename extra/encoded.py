@@ -22,7 +22,9 @@ def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Data
     if run.rank == 0 and not (run.point and counts.is_file()):
         place.mkdir(parents=True, exist_ok=True)
         counts.unlink(missing_ok=True)
-        dataset, found = data.encode(encode_ahead(examples, tokenizer), tokenizer, *limits)
+        ahead = encode_ahead(examples, tokenizer, notes := Counter())
+        dataset, found = data.encode(ahead, tokenizer, *limits)
+        found.update(notes)
         for array in ARRAYS:
             np.save(place / f"{array}.npy", getattr(dataset, array))
         counts.write_text(json.dumps(found), encoding="utf-8")
@@ -31,15 +33,18 @@ def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Data
     return data.Dataset(*arrays), Counter(json.loads(counts.read_text(encoding="utf-8")))
 
 
-def encode_ahead(examples: Iterable[data.Example], tokenizer) -> Iterator[data.Example]:
+def encode_ahead(examples: Iterable, tokenizer, notes: Counter | None = None) -> Iterator:
     """The examples with token ids in place of texts and conversations.
 
-    As data.token_ids encodes them, but thousands at a time, which SentencePiece does on all cores.
+    As data.token_ids encodes them, but thousands at a time, which is done on all cores; and a
+    conversation may become several examples (extra/chat.py). notes: counts what one should know.
     """
-    examples = iter(examples)
+    examples, notes = iter(examples), Counter() if notes is None else notes
     while block := list(itertools.islice(examples, 4096)):
-        texts = [e for e in block if isinstance(e.prompt, str) and e.prompt and tokenizer]
-        chats = [e for e in block if data.is_turns(e.prompt) and tokenizer]
+        if tokenizer:
+            block = list(prepare(block, tokenizer, notes))
+        texts = [e for e in block if tokenizer and is_plain_text(e, tokenizer)]
+        chats = [e for e in block if tokenizer and is_chat(e, tokenizer)]
         trees = {id(e): tree for e, tree in zip(texts, encode_texts(texts, tokenizer))}
         if chats:
             from extra.chat import encode_chats
@@ -50,6 +55,32 @@ def encode_ahead(examples: Iterable[data.Example], tokenizer) -> Iterator[data.E
             yield example._replace(prompt=prompt, responses=tuple(responses))
 
 
+def is_chat(example: data.Example, tokenizer) -> bool:
+    """Is it a conversation, or one that was rendered before?"""
+    is_text = isinstance(example.prompt, str)
+    return data.is_turns(example.prompt) or (is_text and tokenizer.rendered)
+
+
+def is_plain_text(example: data.Example, tokenizer) -> bool:
+    return isinstance(example.prompt, str) and bool(example.prompt) and not tokenizer.rendered
+
+
+def prepare(block: list[data.Example], tokenizer, notes: Counter) -> Iterator[data.Example]:
+    """The examples as they are encoded; raises DataError for what a chat template leaves out."""
+    from extra import chat
+
+    for example in block:
+        if data.is_turns(example.prompt):
+            chat.check_written(example, tokenizer)
+            yield from chat.separate(example, tokenizer)
+            continue
+        if isinstance(example.prompt, str) and not tokenizer.rendered:
+            texts = (example.prompt, *example.responses)
+            if any(map(tokenizer.control_pattern.search, texts)):
+                notes[chat.SPELT] += 1
+        yield example
+
+
 def encode_texts(examples: list[data.Example], tokenizer) -> Iterator[list[list[int]]]:
     if not examples:
         return
@@ -57,7 +88,7 @@ def encode_texts(examples: list[data.Example], tokenizer) -> Iterator[list[list[
     responses = [response for example in examples for response in example.responses]
     encoded = iter(tokenizer.encode(responses, continuation=True))
     for example, prompt in zip(examples, prompts):
-        tree = [[tokenizer.bos_id, *prompt]]
+        tree = [[*tokenizer.opening, *prompt] or [tokenizer.eos_id]]
         for text in example.responses:
             ids = next(encoded)
             tree.append([*ids, tokenizer.eos_id] if text else [])

@@ -249,7 +249,12 @@ def convert(row: dict, formats: list[tuple[dict, Callable]]) -> tuple[str | list
             raise DataError("prompt and responses must be of the same kind")
         if is_turns(response) and response[-1]["role"] != "assistant":
             raise DataError("a conversation must end with the assistant's turn")
-    return prompt, tuple(bare(r) if is_turns(r) else r for r in responses)
+    return prompt, tuple(answered(bare(r)) if is_turns(r) else r for r in responses)
+
+
+def answered(turns: list[dict]) -> list[dict]:
+    """The turns, or none if the last says nothing: then the response is empty."""
+    return turns if turns[-1]["content"] else []
 
 
 def nearest(row: dict, formats: list) -> tuple[dict, Callable]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -70,7 +71,7 @@ def with_files(tokenizer, directory, config: dict, files: dict) -> data.Tokenize
 
 
 def control(tokenizer) -> dict[str, int]:
-    return chat.template_of(tokenizer).control
+    return tokenizer.control
 
 
 def encode(example: data.Example, tokenizer) -> list[list[int]]:
@@ -94,6 +95,13 @@ def spelled(tokenizer, ids) -> str:
     return "".join(
         name * len(list(run)) if name else tokenizer.decode(list(run), True) for name, run in runs
     )
+
+
+def spaced(text: str) -> str:
+    """Rendered text with the space that SentencePiece puts after each control token, by the rule
+    of tokenizers that say nothing else: unless there is one."""
+    tokens = "|".join(map(re.escape, ("<s>", "</s>", *IM)))
+    return re.sub(rf"({tokens})(?!$|[ ]|{tokens})", r"\1 ", text)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -126,13 +134,12 @@ def test_chat_templates(tokenizer, tmp_path, name):
     whole = whole if whole.endswith(end) else whole + end
     added_bos = not whole.startswith("<s>") and name != "no bos"
     decoded = spelled(t, head + chosen)
-    # SentencePiece puts a space before a text that begins a sequence.
-    assert decoded.replace("<s> ", "<s>", 1) == "<s>" * added_bos + whole
+    assert decoded == spaced("<s>" * added_bos + whole)
     assert (head[0] == t.bos_id) == (name != "no bos")
     assert (head + chosen).count(t.bos_id) == (whole.count("<s>") or name != "no bos")
     for response in (chosen, rejected):
         assert response[-1] == control(t)[end] and response.count(control(t)[end]) == 1
-    assert chat.stop_ids(t) == {control(t)[end], t.eos_id}
+    assert set(chat.stop_ids(t)) == {control(t)[end], t.eos_id}
 
     # All answers of a conversation: only they are learnt, each with what ends it.
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": conversation}])
@@ -143,8 +150,6 @@ def test_chat_templates(tokenizer, tmp_path, name):
     first, second = (rendered(conversation[:n], False) for n in (3, 5))
     begun = rendered(conversation[:2], True), rendered(conversation[:4], True)
     expected = [full[len(b) :].rstrip() for full, b in zip((first, second), begun)]
-    if name == "plain":
-        expected[1] += end
     assert learnt == expected
     together = spelled(t, head + positive(response))
     assert together.replace(" ", "") == ("<s>" * added_bos + whole).replace(" ", "")
@@ -166,11 +171,12 @@ def test_a_plain_template_writes_transcripts_as_they_are(tokenizer):
     text = f"{H}hi there\nyou {A} lo{H}2+2?{A}4"
     talk = formats.transcript(text)
     template = chat.template_of(tokenizer)
-    assert template.render(talk, False) == "<s>" + text
+    ended = f"<s>{H}hi there\nyou {A} lo</s>{H}2+2?{A}4</s>"
+    assert template.render(talk, False) == ended, "every answer ends"
     prompt, response = encode(data.Example(talk[:-1], (talk[-1:],)), tokenizer)
-    assert tokenizer.decode(prompt + response) == text
+    assert spelled(tokenizer, prompt + response) == spaced(ended)
     begun = template.render(talk[:-1], True)
-    assert begun + " 4" == "<s>" + text, "the prompt ends before the space"
+    assert begun + " 4</s>" == ended, "the prompt ends before the space"
     prompt, response = encode(data.Example(turns("u: a"), (turns("a:  "),)), tokenizer)
     assert tokenizer.decode(prompt + response) == f"{H}a{A} ", "a response of spaces is kept"
     # Responses that begin with different roles share a prompt without "Assistant:".
@@ -182,11 +188,13 @@ def test_a_plain_template_writes_transcripts_as_they_are(tokenizer):
 
 def test_an_empty_answer_has_no_ids(tokenizer):
     """In whatever number of turns it ends; the others of its example have theirs."""
-    pair = data.Example(turns("u: a"), (turns("a: b | u: c | a: "), turns("a: d")))
+    rows = [
+        {"prompt": turns("u: a"), "chosen": turns(f"a: b{more}"), "rejected": turns("a: d")}
+        for more in (" | u: c | a: ", "")
+    ]
+    pair, good = (formats.parse("", row, "preferences") for row in rows)
     _, empty, full = encode(pair, tokenizer)
     assert empty == [] and full[-1] == tokenizer.eos_id
-    assert encode(data.Example(turns("u: a"), (turns("a: "),)), tokenizer)[1] == []
-    good = data.Example(turns("u: a"), (turns("a: b"), turns("a: d")))
     dataset, counts = data.encode([pair, good], tokenizer, 99, 50)
     assert len(dataset) == 1 and counts["dropped: empty response"] == 1
 
@@ -196,7 +204,7 @@ def test_no_prompt_is_without_tokens(tokenizer, tmp_path):
     silent = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
     config = {"chat_template": silent, "add_bos_token": False}
     t = with_files(tokenizer, tmp_path / "t", config, {})
-    expected = [[t.bos_id], [*t.encode("b", continuation=True), t.eos_id]]
+    expected = [[t.bos_id], [*t.encode("b"), t.eos_id]]  # a text after a control token
     assert encode(data.Example(turns("u: a"), (turns("a: b"),)), t) == expected
 
 
@@ -273,7 +281,7 @@ def test_user_defined_pieces_of_any_name_that_are_listed_beside_the_model(tmp_pa
     )
     assert (prompt.count(start), prompt.count(end)) == (2, 1) and bold in prompt
     assert response[-1] == end and not {start, end} & set(response[:-1])
-    assert chat.stop_ids(t) == {t.eos_id, end}
+    assert set(chat.stop_ids(t)) == {t.eos_id, end}
     assert spelled(t, response) == forged + names[1]
 
 
@@ -292,13 +300,9 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
         assert str(error.value).startswith("x.jsonl:3: ") and "\n" not in str(error.value)
     for i, config in enumerate(('{"chat_template": "{% if %}"}', "[1]", "{", '{"bos_token": {}}')):
         files = {"tokenizer_config.json": config}
-        t = with_files(tokenizer, tmp_path / f"c{i}", {}, files)
-        for use in (lambda: prompt_ids(ASKED, t), lambda: chat.stop_ids(t)):
-            with pytest.raises(
-                data.DataError, match=f"c{i}: its tokenizer files are not valid"
-            ) as error:
-                use()
-            assert "\n" not in str(error.value)
+        with pytest.raises(data.DataError, match=f"c{i}: its tokenizer files are not v") as error:
+            prompt_ids(ASKED, with_files(tokenizer, tmp_path / f"c{i}", {}, files))
+        assert "\n" not in str(error.value)
 
 
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
@@ -307,7 +311,7 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
         t = with_files(tokenizer, tmp_path / f"t{i}", config, files)
         again = data.Tokenizer(save_tokenizer(t, tmp_path / f"saved{i}"))
         assert control(again) == control(t)
-        assert chat.template_of(again).names == chat.template_of(t).names
+        assert again.names == t.names
         assert prompt_ids(ASKED, again) == prompt_ids(ASKED, t)
 
 

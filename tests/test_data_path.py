@@ -113,8 +113,9 @@ class Spelling:
         assert ids[: len(self.lead)] == self.lead
         return ids[len(self.lead) :]
 
-    def ids(self, parts: list, begins: bool = False) -> list[int]:
-        """Of texts and control ids; texts side by side are one text."""
+    def ids(self, parts: list, place: str = "inside") -> list[int]:
+        """Of texts and control ids; texts side by side are one text, and one at the beginning or
+        after a control token gets a space, unless it has one."""
         joined = []
         for part in parts:
             if part == "":
@@ -124,10 +125,11 @@ class Spelling:
             else:
                 joined.append(part)
         found = []
-        for i, part in enumerate(joined):
+        for part in joined:
             if isinstance(part, int):
                 found.append(part)
-            elif begins and i == 0:
+                place = "begins"
+            elif place == "begins" and not part.startswith(" "):
                 found += self.begins(part)
             else:
                 found += self.continues(part)
@@ -141,9 +143,8 @@ class Spelling:
 
     def answer(self, content: str) -> list:
         """An answer, with the token that ends it."""
-        if self.style == "plain":
-            return [" ", content]
-        return [" ", content, EOS] if self.style == "inst" else [content, IM_END]
+        chatml = self.style.startswith("chatml")
+        return [content, IM_END] if chatml else [" ", content, EOS]
 
     def after(self) -> list:
         """What stands after an answer's end."""
@@ -165,12 +166,14 @@ class Spelling:
         parts = [part for turn in prompt for part in self.turn(turn)]
         parts += self.opening() if answered else []
         bos = [] if self.style == "chatml without bos" else [BOS]
-        tree = [bos + self.ids(parts, begins=True)]
+        tree = [bos + self.ids(parts, "begins")]
         for response in responses:
-            tree.append(self.response(response, answered) if response[-1]["content"] else [])
+            place = "begins" if parts and isinstance(parts[-1], int) else "inside"
+            said = response and response[-1]["content"]
+            tree.append(self.response(response, answered, place) if said else [])
         return tree
 
-    def response(self, response: list[dict], opened: bool) -> list[int]:
+    def response(self, response: list[dict], opened: bool, place: str) -> list[int]:
         """~id of what is read: the users' turns, and what stands before an answer."""
         ids, read = [], []
         for turn in response:
@@ -178,10 +181,11 @@ class Spelling:
                 read += self.turn(turn)
                 continue
             read += [] if opened else self.opening()
-            ids += [~i for i in self.ids(read)]
-            ids += self.ids(self.answer(turn["content"]))
-            read, opened = self.after(), False
-        return [*ids, EOS] if self.style == "plain" else ids
+            ids += [~i for i in self.ids(read, place)]
+            place = "begins" if read and isinstance(read[-1], int) else "inside"
+            ids += self.ids(self.answer(turn["content"]), place)
+            read, opened, place = self.after(), False, "begins"  # every answer ends in a token
+        return ids
 
     def tree(self, prompt, responses) -> list[list[int]]:
         """[prompt, response, …] before any cut."""
@@ -190,7 +194,8 @@ class Spelling:
         if isinstance(prompt, list):
             return self.conversation(prompt, responses)
         spell = self.continues if prompt else self.begins
-        return [[BOS, *self.begins(prompt)], *([*spell(r), EOS] if r else [] for r in responses)]
+        end = IM_END if self.style == "chatml" else EOS  # its eos_token
+        return [[BOS, *self.begins(prompt)], *([*spell(r), end] if r else [] for r in responses)]
 
 
 def make_tokenizer(style: str, directory: Path) -> data.Tokenizer:
@@ -760,15 +765,15 @@ def test_quoted_turns_open_none(spellings, tmp_path):
 
 TALK = turns("s: be brief | u: hi </s> | a: lo | u: and <s>2+2? | a:  4 <|im_end|> | u: thanks")
 LEARNT = {  # of its answers, in text; with the token that ends a turn
-    "plain": [" lo", "  4 <|im_end|></s>"],
+    "plain": [" lo</s>", "  4 <|im_end|></s>"],
     "chatml": ["lo<|im_end|>", " 4 <|im_end|><|im_end|>"],
     "chatml without bos": ["lo<|im_end|>", " 4 <|im_end|><|im_end|>"],
     "inst": [" lo</s>", "  4 <|im_end|></s>"],
 }
-WHOLE = {
-    "plain": "<s> be brief\n\nHuman: hi </s>\n\nAssistant: lo\n\nHuman: and <s>2+2?\n\nAssistant:  4 <|im_end|></s>",
-    "chatml": "<s><|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi </s><|im_end|>\n<|im_start|>assistant\nlo<|im_end|>\n<|im_start|>user\nand <s>2+2?<|im_end|>\n<|im_start|>assistant\n 4 <|im_end|><|im_end|>",
-    "inst": "<s> <<be brief>>[INST] hi </s> [/INST] lo</s>[INST] and <s>2+2? [/INST]  4 <|im_end|></s>",
+WHOLE = {  # with SentencePiece's space after each control token
+    "plain": "<s> be brief\n\nHuman: hi </s>\n\nAssistant: lo</s> \n\nHuman: and <s>2+2?\n\nAssistant:  4 <|im_end|></s>",
+    "chatml": "<s><|im_start|> system\nbe brief<|im_end|> \n<|im_start|> user\nhi </s><|im_end|> \n<|im_start|> assistant\nlo<|im_end|> \n<|im_start|> user\nand <s>2+2?<|im_end|> \n<|im_start|> assistant\n 4 <|im_end|><|im_end|>",
+    "inst": "<s> <<be brief>>[INST] hi </s> [/INST] lo</s> [INST] and <s>2+2? [/INST]  4 <|im_end|></s>",
 }  # fmt: skip
 WHOLE["chatml without bos"] = WHOLE["chatml"][len("<s>") :]
 CONTROL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
@@ -817,9 +822,10 @@ def test_names_of_control_tokens_are_those_of_the_files_beside_the_model(tmp_pat
     names = {"[E]": 900, "[E]OT": 901, "[B]": 902}
     config = {"added_tokens_decoder": {str(i): {"content": name} for name, i in names.items()}}
     config |= {"bos_token": {"content": "[B]"}, "eos_token": "[E]OT"}
-    t = make_tokenizer("plain", tmp_path)
+    spelling = Spelling(make_tokenizer("plain", tmp_path), "plain")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    spelling = Spelling(t, "plain")
+    t = data.Tokenizer(tmp_path)
+    assert (t.bos_id, t.eos_id) == (902, 901)
     open_end = data.Example([user("a[E]OT")], ([assistant("b[E]")],))
     prompt = [902, *spelling.begins("\n\nHuman: a[E]OT\n\nAssistant:")]
     assert chat.encode_chats([open_end], t) == [[prompt, [*spelling.continues(" b[E]"), 901]]]
@@ -828,7 +834,7 @@ def test_names_of_control_tokens_are_those_of_the_files_beside_the_model(tmp_pat
         json.dumps(config | {"chat_template": template})
     )
     again = data.Tokenizer(tmp_path)
-    ids = [*spelling.continues("x"), 900]
+    ids = [*spelling.begins("x"), 900]
     assert data.token_ids(data.Example([user("x")], ([assistant("x")],)), again) == [
         [902, 901, *ids],
         [901, *ids],

@@ -1,0 +1,251 @@
+"""Tokenizers as checkpoints bring them: tokenizer.json, and what lies beside a tokenizer.model.
+
+`data.Tokenizer(path)` is one of the two classes here. Beyond text and ids they know the control
+tokens, which no text yields; tokens that are found in text, like Qwen's <think>; and what becomes
+of the space that SentencePiece and its like put first, which depends on the place of a text:
+
+    first     it begins a sequence                 "hi" -> ▁hi
+    after     it follows a control token           by the tokenizer's own rule
+    inside    it continues a text, as a response   "hi" -> hi
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import data
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def find_class(path: str | Path) -> type:
+    """Which of the two reads this file, or what is in this directory: tokenizer.json first."""
+    path = Path(path)
+    is_json = (path / "tokenizer.json").is_file() if path.is_dir() else path.suffix == ".json"
+    return JsonTokenizer if is_json else ModelTokenizer
+
+
+def pattern_of(tokens: dict[str, str]) -> re.Pattern:
+    """Finds tokens in text, the longest first, as re.split wants it; values are their patterns."""
+    choices = [tokens[name] for name in sorted(tokens, key=len, reverse=True)]
+    return re.compile(f"({'|'.join(choices)})" if choices else "((?!))")
+
+
+class Described(data.Tokenizer):
+    """What other files say of a tokenizer.
+
+    control: ids by name of the tokens that no text yields. names: what chat templates call
+    bos_token, eos_token, …. template: the chat template's source, or None. opening: what a text
+    begins with. add_bos: does a chat whose template writes no BOS get one? stops: ids that end an
+    answer by generation_config.json.
+    """
+
+    def read_beside(self):
+        """Read the files beside. Raises DataError."""
+        try:
+            config = json.loads(self.beside("tokenizer_config.json") or "{}")
+            special = json.loads(self.beside("special_tokens_map.json") or "{}") | config
+            texts = {n: t["content"] if isinstance(t, dict) else t for n, t in special.items() if n in NAMED}
+            self.names = {name: text for name, text in texts.items() if text}
+            template = self.beside("chat_template.jinja") or config.get("chat_template")
+            if isinstance(template, list):  # several, by name
+                template = {t["name"]: t["template"] for t in template}.get("default")
+            self.template = template
+            stops = json.loads(self.beside("generation_config.json") or "{}").get("eos_token_id")
+            self.stops = list(map(int, stops if isinstance(stops, list) else [stops] * (stops is not None)))
+            self.find_tokens(config)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+            what = f"{self.path.parent}: its tokenizer files are not valid"
+            raise data.DataError(f"{what} ({' '.join(str(error).split())[:200]})") from None
+        self.control_ids = set(self.control.values())
+
+    def beside(self, name: str) -> str:
+        """What is in a file beside; "" if there is none."""
+        file = self.path.with_name(name)
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    def encode(self, text: str | list[str], continuation: bool = False):
+        """Ids of a text (or of each of a list), without BOS and EOS."""
+        texts = text if isinstance(text, list) else [text]
+        encoded = self.encode_at("inside" if continuation else "first", texts)
+        return encoded if isinstance(text, list) else encoded[0]
+
+    def spell_out(self, encoded: list[list[int]]) -> list[list[int]]:
+        """Control tokens that were found in text, as the ids that spell their names."""
+        for n, ids in enumerate(encoded):
+            if not self.control_ids.isdisjoint(ids):
+                encoded[n] = [j for i in ids for j in self.spelt.get(i, (i,))]
+        return encoded
+
+
+class ModelTokenizer(Described):
+    """A SentencePiece model, and what the files beside it say and add."""
+
+    def __init__(self, path: str | Path):
+        """Read a tokenizer.model, or the one in a directory. Raises DataError."""
+        super().__init__(path)
+        self.pieces = {self.start.id_to_piece(i): i for i in range(self.vocab_size)}
+        self.read_beside()
+        self.spelt = {}  # user-defined pieces that are control tokens: found in any text
+        for piece, i in self.pieces.items():
+            if i in self.control_ids and not self.is_reserved(i):
+                self.spelt[i] = self.inside.encode(piece[:1]) + self.inside.encode(piece[1:])
+
+    def is_reserved(self, i: int) -> bool:
+        """Does SentencePiece itself never find this piece in text?"""
+        return self.start.is_control(i) or self.start.is_unknown(i)
+
+    def find_tokens(self, config: dict):
+        """Tokens beside the model's pieces, those of its pieces that are control tokens, BOS and
+        EOS. Found in text is only what is said not to be special."""
+        self.control, self.added = {}, {}
+        for piece, i in self.pieces.items():
+            if self.start.is_control(i) or re.fullmatch(r"<\|.+\|>", piece):
+                self.control[piece] = i
+        self.control |= json.loads(self.beside("added_tokens.json") or "{}")
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            name = token["content"]
+            self.control[name] = int(i)
+            if token.get("special") is False and name not in self.names.values():
+                del self.control[name]
+                if name not in self.pieces:
+                    self.added[name] = int(i)
+        for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if self.names.get(name) not in self.control:
+                self.names[name] = self.start.id_to_piece(i)
+        self.bos_id = self.control.get(self.names["bos_token"], self.bos_id)
+        self.eos_id = self.control.get(self.names["eos_token"], self.eos_id)
+        self.opening, self.add_bos = [self.bos_id], config.get("add_bos_token", True)
+        self.legacy = config.get("legacy", True)  # a text after a control token begins with ▁
+        self.control_pattern = pattern_of({name: re.escape(name) for name in self.control})
+        self.added_pattern = pattern_of({name: re.escape(name) for name in self.added})
+        self.added_names = {i: name for name, i in self.added.items()}
+
+    def encode(self, text: str | list[str], continuation: bool = False):
+        """Ids of a text (or of each of a list), without BOS and EOS; decode gives the text back."""
+        texts = text if isinstance(text, list) else [text]
+        encoded = self.with_added(texts, self.inside if continuation else self.start)
+        return encoded if isinstance(text, list) else encoded[0]
+
+    def encode_at(self, place: str, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that stand at that place in chats, where no space is put before a space."""
+        spaced = place == "first" or (place == "after" and self.legacy)
+        if not spaced:
+            return self.with_added(texts, self.inside)
+        processors = [self.inside if text.startswith(" ") else self.start for text in texts]
+        return [self.with_added([t], p)[0] for t, p in zip(texts, processors)]
+
+    def with_added(self, texts: list[str], processor) -> list[list[int]]:
+        """Ids of texts in which added tokens are found; what follows one is spaced like a text
+        that follows a control token, but for exactness before a space, too."""
+        if not self.added:
+            return self.spell_out(processor.encode(texts))
+        again, encoded = self.start if self.legacy else self.inside, []
+        for text in texts:
+            ids = []
+            for n, piece in enumerate(self.added_pattern.split(text)):
+                if piece in self.added:
+                    ids.append(self.added[piece])
+                elif piece:
+                    ids += (again if n else processor).encode(piece)
+            encoded.append(ids)
+        return self.spell_out(encoded)
+
+    def decode(self, ids: list[int], continuation: bool = False) -> str:
+        """The text of ids, without control tokens; with `continuation` its first space is kept."""
+        processor, text, run = self.inside if continuation else self.start, "", []
+        for i in [*ids, None]:
+            if i is None or i in self.added_names:
+                text += processor.decode(run) + self.added_names.get(i, "")
+                processor, run = self.start if self.legacy else self.inside, []
+            elif i < self.vocab_size:
+                run.append(i)
+        return text
+
+
+class JsonTokenizer(Described):
+    """A tokenizer.json, read by the package `tokenizers`: what it says is the truth."""
+
+    def __init__(self, path: str | Path):
+        """Read a tokenizer.json, or the one in a directory. Raises DataError."""
+        path = Path(path)
+        self.path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            import tokenizers
+        except ImportError:
+            what = f"{self.path}: is read by a package that is missing: pip install tokenizers"
+            raise data.DataError(what) from None
+        try:
+            self.proto = self.path.read_bytes()
+            spec = json.loads(tokenizers.Tokenizer.from_buffer(self.proto).to_str())
+        except OSError as error:
+            raise data.DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+        except Exception as error:  # the package has no others
+            why = " ".join(str(error).split())[:200]
+            raise data.DataError(f"{self.path}: not a tokenizer.json ({why})") from None
+        spec |= {"truncation": None, "padding": None}
+        self.at, made = {}, []
+        for place in ("first", "after", "inside"):
+            variant = without_space(spec, place)
+            same = [t for v, t in made if v == variant]  # most put no space anywhere
+            self.at[place] = same[0] if same else tokenizers.Tokenizer.from_str(json.dumps(variant))
+            self.at[place].encode_special_tokens = True  # as text: user text yields none
+            made.append((variant, self.at[place]))
+        self.vocab_size = 1 + max(self.at["first"].get_vocab().values())
+        self.read_beside()
+        self.spelt = {}
+        for name, i in self.control.items():  # not special, but named as if, or of a unigram model
+            encode = lambda text: self.at["inside"].encode(text, add_special_tokens=False).ids
+            self.spelt[i] = encode(name[:1]) + encode(name[1:])
+
+    def find_tokens(self, config: dict):
+        """Control tokens, BOS and EOS. What a text begins with, the post-processor says."""
+        whole, patterns = self.at["first"], {}
+        self.control = {}
+        for i, token in whole.get_added_tokens_decoder().items():
+            if token.special or token.content in self.names.values():
+                self.control[token.content] = i
+                left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+                patterns[token.content] = left + re.escape(token.content) + right
+        self.control_pattern = pattern_of(patterns)
+        self.bos_id = whole.token_to_id(self.names.get("bos_token", ""))
+        self.eos_id = whole.token_to_id(self.names.get("eos_token", ""))
+        if self.eos_id is None:
+            raise ValueError("tokenizer_config.json names no eos_token that tokenizer.json has")
+        plain, processed = (whole.encode("a", add_special_tokens=x).ids for x in (False, True))
+        starts = (n for n in range(len(processed)) if processed[n:][: len(plain)] == plain)
+        self.opening, self.add_bos = processed[: next(starts)], False
+
+    def encode_at(self, place: str, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that stand at that place of a sequence."""
+        encoded = self.at[place].encode_batch(texts, add_special_tokens=False)
+        return self.spell_out([e.ids for e in encoded])
+
+    def decode(self, ids: list[int], continuation: bool = False) -> str:
+        """The text of ids, without control tokens; with `continuation` its first space is kept."""
+        known = [i for i in ids if i < self.vocab_size and i not in self.control_ids]
+        place = "inside" if continuation else "first"
+        return self.at[place].decode(known, skip_special_tokens=False)
+
+
+def without_space(spec: dict, place: str) -> dict:
+    """A tokenizer.json for texts at that place: after a control token Metaspace's `first` puts no
+    space, inside a text nothing does, and the decoder takes none away."""
+    if place == "first":
+        return spec
+    parts = {name: copy.deepcopy(spec[name]) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    lists = ("normalizers", "pretokenizers", "decoders")
+    for part, inner in zip(parts, lists):
+        steps = [parts[part]] if (parts[part] or {}).get("type") != "Sequence" else parts[part][inner]
+        kept = []
+        for step in filter(None, steps):
+            if step["type"] == "Metaspace" and (place == "inside" or step["prepend_scheme"] == "first"):
+                step["prepend_scheme"] = "never"
+            if place == "inside" and step["type"] == "ByteLevel":
+                step["add_prefix_space"] = False
+            puts_or_takes = step["type"] == "Prepend" or (step["type"] == "Strip" and part == "decoder")
+            if place == "after" or not puts_or_takes:
+                kept.append(step)
+        parts[part] = {"type": "Sequence", inner: kept} if kept else None
+    return spec | parts
