@@ -61,6 +61,7 @@ class Settings:
     seed: int = 0  # of initialisation, order of the data and built-in data
     max_length: int = 512  # tokens of prompt and response; a longer response loses its end
     max_prompt_length: int = 256  # tokens of the prompt; a longer one loses its beginning
+    rendered: bool = False  # texts are chats that a template wrote: read their control tokens
     micro_batch_tokens: int = 4096  # tokens of one forward and backward pass on each rank
     vocab_size: int = 640  # of a tokenizer trained here, at most
     hidden_size: int = 128  # width of a new model
@@ -197,6 +198,8 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
     run.wait()
     find = data.find_tokenizer if s.init_from else data.Tokenizer
     tokenizer = find(s.init_from or s.tokenizer or run.out / "encoded")
+    if tokenizer:
+        tokenizer.rendered = s.rendered
     for name, paths, kind, epochs in (
         ("sft", s.sft_data or s.data, "demonstrations", s.sft_epochs),
         ("sft eval", s.eval_data, "demonstrations", s.sft_epochs),
@@ -245,7 +248,7 @@ def save_model(model, tokenizer, directory: Path, run: Run):
     if run.rank == 0:
         llm.save_pretrained(model, directory, weights)
         if tokenizer:
-            (directory / "tokenizer.model").write_bytes(tokenizer.proto)
+            (directory / tokenizer.path.name).write_bytes(tokenizer.proto)
         with contextlib.suppress(ImportError):
             from extra.checkpoints import complete  # what other programs want beside it
 

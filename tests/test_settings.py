@@ -79,6 +79,14 @@ def world(tmp_path_factory) -> dict[str, str]:
         "eval2": make_pairs(3, 80),
         "sft": make_demonstrations(11, 20),
         "sft2": make_demonstrations(6, 90),
+        "spelt": [
+            {
+                "prompt": f"<s>{row['prompt']}</s> so:",
+                "chosen": row["chosen"] + "</s>" * (i % 2),
+                "rejected": row["rejected"],
+            }
+            for i, row in enumerate(make_pairs(10, 0))
+        ],
     }
     paths = {name: write_jsonl(root / f"{name}.jsonl", rows) for name, rows in files.items()}
     for name, pieces, start in (("tokenizer", 310, 0), ("tokenizer2", 330, 50)):
@@ -395,18 +403,36 @@ def close(a, b, rtol: float):
     assert (a - b).norm() <= rtol * b.norm() + 1e-9, f"off by {(a - b).norm() / b.norm():.1e}"
 
 
+def plainly(t: data.Tokenizer, text: str, response: bool) -> list[int]:
+    """A prompt, or a response with its end."""
+    return [*t.encode(text, True), t.eos_id] if response else [t.bos_id, *t.encode(text)]
+
+
+def rendered_by_hand(t: data.Tokenizer, text: str, response: bool) -> list[int]:
+    """The same of text in which <s> and </s> are meant: a response may bring its end."""
+    ids = []
+    for piece in re.findall("</?s>|(?:(?!</?s>).)+", text, re.S):
+        if piece in ("<s>", "</s>"):
+            ids.append(t.bos_id if piece == "<s>" else t.eos_id)
+        else:
+            continues = piece.startswith(" ") or (response and not ids)
+            ids += t.encode(piece, continuation=continues)
+    return [*ids, t.eos_id] if response and not text.endswith("</s>") else ids
+
+
 def examples_by_hand(run: Run, stage: str, paths: str) -> list[list[list[int]]]:
     """What the rows of files are as token ids, cut to the run's lengths, in the files' order."""
     t, s, trees = run.tokenizer, run.settings, []
     for path in paths.split(","):
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            prompt = [t.bos_id, *t.encode(row["prompt"])]
+            read = rendered_by_hand if s.rendered else plainly
+            prompt = read(t, row["prompt"], False)
             if len(prompt) > s.max_prompt_length:
                 prompt = [t.bos_id, *prompt[1 - s.max_prompt_length :]]
             names = ("chosen", "rejected") if stage == "dpo" else ("response",)
             texts = [row.get(name, row.get("chosen")) for name in names]
-            responses = [[*t.encode(text, continuation=True), t.eos_id] for text in texts]
+            responses = [read(t, text, True) for text in texts]
             trees.append([prompt, *(ids[: s.max_length - len(prompt)] for ids in responses)])
     return trees
 
@@ -743,6 +769,14 @@ def other_adapters(before: Run, after: Run):
         assert (".lora.0." not in name) == torch.equal(weight, before.start[name]), name
 
 
+def reads_tokens(before: Run, after: Run):
+    hint = "10 with text that spells control tokens, kept text (--rendered reads it as tokens)"
+    for run, hints in ((before, 2), (after, 0)):
+        assert sum(hint in line for line in run.printed) == hints, "of both stages"
+    eos, fed = after.tokenizer.eos_id, [sum(run.steps["dpo"][0].batches, []) for run in (before, after)]
+    assert [{tree[0].count(eos) for tree in trees} for trees in fed] == [{0}, {1}]
+
+
 def cuts_responses(before: Run, after: Run):
     for stage in STAGES:
         whole = [x.endswith("</s>") for text in flat(after, stage) for x in text[1:]]
@@ -885,6 +919,7 @@ def begins_with_checkpoint(before: Run, after: Run):
     assert len(kept) == 2, "of the pairs and of the held-out ones, beside what they are of"
 
 
+SPELT = {"data": "@spelt", "sft_data": None, "eval_data": "@pairs2"}  # with "</s>" in its texts
 NEW = {"tokenizer": None, "vocab_size": 310}  # a tokenizer trained on the data
 CHECKPOINT = dict.fromkeys(("tokenizer", "hidden_size", "num_layers", "num_heads"))
 CHECKPOINT |= {"init_from": "@checkpoint"}
@@ -929,6 +964,7 @@ CASES = [
     Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files"}, begins_with_dpo),
     Case("max_steps", {"max_steps": 2}, BOTH | ALL_FED | of("rates") | of("rows") | {"printed"}, stops_early),
     Case("max_steps", {"max_steps": 50}, set()),
+    Case("rendered", {"rendered": "true"}, BOTH | ALL_FED | HELD_OUT | PACKED | of("blocks") | {"printed", "shape"}, reads_tokens, SPELT),
     Case("shuffle", {"shuffle": "false"}, BOTH | ALL_FED),
     Case("seed", {"seed": 1}, BOTH | ALL_FED | {"start"}, another_initialisation),
     Case("seed", {"seed": 1}, BOTH | ALL_FED, base=CHECKPOINT),
@@ -1046,7 +1082,7 @@ PROMISED = {
     "data": "reviews", "eval_data": "", "sft_data": "", "init_from": "", "tokenizer": "", "out_dir": "out/reviews",
     "resume": False, "loss": "dpo", "beta": 0.1, "sft_weight": 0.0, "optimizer": "adamw", "learning_rate": 1e-6,
     "sft_learning_rate": 1e-5, "lr_schedule": "linear", "warmup_steps": 20, "weight_decay": 0.0, "grad_clip": 1.0,
-    "batch_size": 64, "epochs": 1, "sft_epochs": 1, "max_steps": 0, "shuffle": True, "seed": 0, "max_length": 512,
+    "batch_size": 64, "epochs": 1, "sft_epochs": 1, "max_steps": 0, "shuffle": True, "seed": 0, "rendered": False, "max_length": 512,
     "max_prompt_length": 256, "micro_batch_tokens": 4096, "vocab_size": 640, "hidden_size": 128, "num_layers": 2,
     "num_heads": 4, "dtype": "auto", "lora_rank": 0, "compile": False, "activation_checkpointing": False,
     "log_every": 25, "eval_every": 0, "save_every": 0, "wandb": "disabled", "options": {"label_smoothing": 0.0},
