@@ -142,11 +142,11 @@ class Template:
         for response in example.responses:
             said, inputs = self.guard(response), (begun, answer, example.where, context)
             sequences.append(self.continuation(turns, said, *inputs) if response else [])
-        return self.placed(sequences)
+        return self.placed(sequences, self.tokenizer.add_bos)
 
-    def placed(self, sequences: list[list[Part]]) -> list[list[Part]]:
-        """With the place of every text; and with a BOS where the template wrote none and the
-        tokenizer wants it. A response needs something that it is read after."""
+    def placed(self, sequences: list[list[Part]], open_it: bool) -> list[list[Part]]:
+        """With the place of every text; if `open_it`, with what texts begin with, where the
+        template did not write it. A response needs something that it is read after."""
         head, *responses = sequences
         last, placed = None, []
         for parts in ([*head], *responses):
@@ -160,10 +160,10 @@ class Template:
                 before = part
             last = last or before  # of the prompt
             placed.append(done)
-        t = self.tokenizer
-        if t.add_bos and placed[0][:1] != [Part(t.opening)]:
-            placed[0].insert(0, Part(t.opening))
-        placed[0] = placed[0] or [Part(t.opening or [t.eos_id])]
+        opening = self.tokenizer.opening
+        if open_it and opening and placed[0][:1] != [Part(opening)]:
+            placed[0].insert(0, Part(opening))
+        placed[0] = placed[0] or [Part(opening or [self.tokenizer.eos_id])]
         return placed
 
     def continuation(
@@ -219,22 +219,19 @@ class Template:
         for response in example.responses:
             head, answer = next(pairs) if response else (shared, [])
             sequences.append([p._replace(hidden=True) for p in head[len(shared) :]] + answer)
-        return self.placed(sequences)
+        return self.placed(sequences, self.tokenizer.add_bos)
 
     def rendered(self, example: data.Example) -> list[list[Part]]:
         """The layout of texts that a template wrote: their control tokens are meant. What ends a
         response is not doubled, and what follows it not learnt."""
-        opening = [Part([i]) for i in self.tokenizer.opening]
-        prompt, responses = self.split(example.prompt), []
-        if prompt[: len(opening)] != opening:
-            prompt = opening + prompt
+        sequences = [self.split(example.prompt)]
         for text in example.responses:
             ended = self.length(text)
             parts = self.answer(text) + self.split(text[ended:], True) if text else []
-            if not example.prompt and opening and parts[: len(opening)] == opening:
-                parts = parts[len(opening) :]  # the text brings its own
-            responses.append(parts)
-        return self.placed([prompt, *responses])
+            if not example.prompt and parts[:1] == [Part(self.tokenizer.opening)]:
+                parts = parts[1:]  # the text brings its own
+            sequences.append(parts)
+        return self.placed(sequences, True)
 
     def lay_out(self, example: data.Example) -> list[list[Part]]:
         """The parts of an example's sequences, whatever it is."""

@@ -417,7 +417,9 @@ def rendered_by_hand(t: data.Tokenizer, text: str, response: bool) -> list[int]:
         else:
             continues = piece.startswith(" ") or (response and not ids)
             ids += t.encode(piece, continuation=continues)
-    return [*ids, t.eos_id] if response and not text.endswith("</s>") else ids
+    if response:
+        return ids if text.endswith("</s>") else [*ids, t.eos_id]
+    return ids if text.startswith("<s>") else [t.bos_id, *ids]
 
 
 def examples_by_hand(run: Run, stage: str, paths: str) -> list[list[list[int]]]:
