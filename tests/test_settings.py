@@ -966,7 +966,7 @@ CASES = [
     Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files"}, begins_with_dpo),
     Case("max_steps", {"max_steps": 2}, BOTH | ALL_FED | of("rates") | of("rows") | {"printed"}, stops_early),
     Case("max_steps", {"max_steps": 50}, set()),
-    Case("rendered", {"rendered": "true"}, BOTH | ALL_FED | HELD_OUT | PACKED | of("blocks") | {"printed", "shape"}, reads_tokens, SPELT),
+    Case("rendered", {"rendered": "true"}, BOTH | ALL_FED | HELD_OUT | PACKED | {"printed"}, reads_tokens, SPELT),
     Case("shuffle", {"shuffle": "false"}, BOTH | ALL_FED),
     Case("seed", {"seed": 1}, BOTH | ALL_FED | {"start"}, another_initialisation),
     Case("seed", {"seed": 1}, BOTH | ALL_FED, base=CHECKPOINT),
