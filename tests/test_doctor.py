@@ -13,7 +13,7 @@ from conftest import run_script, save_tokenizer, turns, write_jsonl
 from test_data_path import Spelling, assistant, cut, first_answers, user
 
 import train
-from extra import doctor
+from extra import doctor, terminal
 
 PAIR = {"prompt": "Q: 2+2?", "chosen": " 4", "rejected": " 5"}
 
@@ -55,7 +55,7 @@ def test_the_doctor_counts(tokenizer, tmp_path):
         "1 duplicates of an earlier", "1 contradictions of an earlier", "4 with a prompt seen earlier",
         "1 with a prompt of the evaluation files", "1 dropped: empty response", "1 dropped: identical responses",
         "1 prompts cut", "chosen is longer in 25.0%, rejected in 0.0%",
-        "<s> Q: 2+2? → « 4</s>» → « 5</s>»",
+        "⟦<s>⟧ Q: 2+2? → « 4⟦</s>⟧» → « 5⟦</s>⟧»",
     ):  # fmt: skip
         assert fact in report, fact
 
@@ -66,9 +66,9 @@ def test_what_is_learnt_of_a_conversation_is_shown(report, tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [*talk, PAIR])
     directory = save_tokenizer(tokenizer, tmp_path / "t")
     one, two = (report(path, f"--tokenizer={directory}", f"--show={n}").out for n in (1, 2))
-    shown = "→ « lo»\n\nHuman: 2+2?\n\nAssistant:« 4</s>»"
-    assert shown in one and "« 5</s>»" not in one
-    assert shown in two and "→ « 4</s>»\n    → « 5</s>»" in two
+    shown = "→ « lo»\n\nHuman: 2+2?\n\nAssistant:« 4⟦</s>⟧»"
+    assert shown in one and "« 5⟦</s>⟧»" not in one
+    assert shown in two and "→ « 4⟦</s>⟧»\n    → « 5⟦</s>⟧»" in two
     alone = report(write_jsonl(tmp_path / "sft.jsonl", talk)).out
     assert "response" in alone and "chosen" not in alone, "one response each"
 
@@ -114,6 +114,7 @@ def test_what_is_unusable_is_counted_and_the_rest_looked_at(report, tmp_path):
 # Every number, against a plain computation
 
 COUNTS = re.compile(r"  +([\d,]+) (.*)")
+ROW = re.compile(r" +([\d,]+)(?: – ([\d,]+))? (█* ?|░* ?)([\d,]+)")
 HEADS = ["5", "%", "median", "95", "%", "longest", "mean"]
 
 
@@ -137,6 +138,13 @@ def parse_report(out: str) -> dict[str, dict]:
             counts = about["encoded counts"] = {}
         elif match := re.fullmatch(r"  about ([\d,]+) tokens in all", line):
             about["tokens in all"] = number(match[1])
+        elif match := re.fullmatch(r"  (\w+) of prompt and longest response", line):
+            about["histogram of"], rows = match[1], about.setdefault("histogram", [])
+        elif match := ROW.fullmatch(line):
+            low, high, count = (number(match[i] or match[1]) for i in (1, 2, 4))
+            rows.append((low, high, match[3].strip(), count))
+        elif match := re.fullmatch(r"    (.*)% are longer than --max_length=(.*): ░", line):
+            about["longer"] = float(match[1]), number(match[2])
         elif match := COUNTS.fullmatch(line):
             counts[match[2]] = number(match[1])
         else:
@@ -172,10 +180,28 @@ def check_table(found: dict, sizes: list[tuple], names: list[str]):
         assert found["longer"] == pytest.approx([chosen, rejected], abs=0.0501)
 
 
+def check_histogram(about: dict, lengths: list[int], limit: int):
+    """Side by side, of growing widths, from the shortest to the longest; with every length once."""
+    rows = about["histogram"]
+    assert rows[0][0] == min(lengths) and rows[-1][1] == max(lengths) and len(rows) <= 11
+    assert all(a[1] + 1 == b[0] for a, b in zip(rows, rows[1:]))
+    assert sum(row[3] for row in rows) == len(lengths)
+    most = max(row[3] for row in rows)
+    for low, high, bar, count in rows:
+        assert count == sum(low <= length <= high for length in lengths)
+        assert len(bar) == math.ceil(40 * count / most)
+        assert set(bar) <= {"░" if limit and low > limit else "█"}
+        assert not limit or high <= limit or low > limit, "no row on both sides of the limit"
+    beyond = sum(length > limit for length in lengths) if limit else 0
+    assert ("longer" in about) == (beyond > 0)
+    if beyond:
+        assert about["longer"] == (pytest.approx(100 * beyond / len(lengths), abs=0.0501), limit)
+
+
 def random_row(rng: random.Random):
     """A row, its prompt and its responses; of few texts, so that they come again."""
-    texts = ["", "a", "a b", " film", "Ünï", "was great and slow " * rng.randint(1, 4)]
-    prompts = ["a", "Q: 2+2?", "the film was " * rng.randint(2, 9)]
+    texts = ["", "a", "a b", " film", "Ünï</s>", "was great and slow " * rng.randint(1, 4)]
+    prompts = ["a", "Q: 2+2?", "the film was " * rng.randint(2, 9), "great<s>"]
     prompt, kind = rng.choice(prompts), rng.choice("pppprrrmhtid")
     if kind == "p":
         answers = rng.choices(texts, k=2)
@@ -219,6 +245,17 @@ def expected_counts(rows: list, earlier: list, held_out: list) -> dict:
             r[-1]["content"] if isinstance(r[0:1], list) and r and isinstance(r[-1], dict) else r
             for r in responses
         ]
+        if isinstance(prompt, str) and prompt:
+            repeats = [text[: len(prompt)] == prompt for text in responses]
+            counts["with a prompt that ends in a space or a tab"] += prompt.endswith((" ", "\t"))
+            counts["with a response that begins with the whole prompt"] += sum(repeats) > 0
+            counts["with several responses that all do"] += sum(repeats) == len(repeats) > 1
+        if isinstance(prompt, str):
+            spelt = [text for text in [prompt, *responses] if "<s>" in text or "</s>" in text]
+            counts[IN_TEXT] += len(spelt) > 0
+        elif isinstance(prompt[0], dict):
+            spelt = json.dumps([prompt, responses])
+            counts[IN_TURNS] += "<s>" in spelt or "</s>" in spelt
         counts["with an empty response"] += any(len(text) == 0 for text in texts)
         counts["with identical responses"] += any(
             a == b for a, b in itertools.combinations(responses, 2)
@@ -233,6 +270,13 @@ def expected_counts(rows: list, earlier: list, held_out: list) -> dict:
             counts["with a prompt of the evaluation files"] += prompt in prompts
         before.append((prompt, responses))
     return +counts
+
+
+IN_TURNS = "with a turn that spells control tokens: written as characters"
+IN_TEXT = "with text that spells control tokens"
+HINT = ": written as characters; --rendered makes tokens of them"
+HALF = "with one response cut and another whole"
+TORN = "prompts cut inside a turn"
 
 
 def letters(content) -> int:
@@ -271,7 +315,10 @@ def test_every_number_of_a_random_mixture(report, tokenizer, tmp_path, monkeypat
     for sample, (path, rows) in zip(samples, files.items()):
         about, examples = found[path], [r[1:] for r in rows]
         outside = held_out if path in (three, four) else []
-        assert about["counts"] == expected_counts(rows, earlier[path], outside)
+        counts = expected_counts(rows, earlier[path], outside)
+        if IN_TEXT in counts:
+            counts[IN_TEXT + HINT] = counts.pop(IN_TEXT)
+        assert about["counts"] == counts
         alone = all(len(example.responses) == 1 for example in sample)
         names = ["prompt", "response"] if alone else ["prompt", "chosen", "rejected"]
         sizes = [(letters(p), letters(r[0]), letters(r[-1])) for p, r in examples]
@@ -280,7 +327,23 @@ def test_every_number_of_a_random_mixture(report, tokenizer, tmp_path, monkeypat
         assert len(set(drawn)) == len(drawn) == min(doctor.SAMPLE, len(rows))
         assert [(x.prompt, list(x.responses)) for x in sample] == [examples[n] for n in drawn]
         counts = Counter(examples=len(drawn))
-        trees = [cut(spelling.tree(*examples[n]), *limits, counts) for n in drawn]
+        whole = [spelling.tree(*examples[n]) for n in drawn]
+        trees = [cut(tree, *limits, counts) for tree in whole]
+        for n, before, after in zip(drawn, whole, trees):
+            prompt, responses = examples[n]
+            talk = isinstance(prompt, list) and isinstance(prompt[0], dict)
+            if after:
+                lost = [ids not in after[1:] for ids in before[1:]]
+                counts[HALF] += True in lost and False in lost
+                counts[TORN] += talk and len(before[0]) > limits[1]  # they have one turn
+            if talk:
+                prompt = f"\n\nHuman: {prompt[0]['content']}\n\nAssistant:"
+                said = " " + responses[0][0]["content"] if responses[0][-1]["content"] else ""
+            else:
+                said = responses[0]
+            if prompt and said and isinstance(prompt, str):
+                apart = spelling.begins(prompt) + spelling.continues(said)
+                counts[doctor.MERGED] += spelling.begins(prompt + said) != apart
         trees = [tree for tree in trees if tree]
         del counts["examples"]
         assert about["encoded"] == [len(drawn), *limits]
@@ -289,6 +352,8 @@ def test_every_number_of_a_random_mixture(report, tokenizer, tmp_path, monkeypat
         assert abs(about["tokens in all"] - tokens) <= 0.5 + 1e-9
         sizes = [(len(tree[0]), len(tree[1]), len(tree[-1])) for tree in trees]
         check_table(about["tokens"], sizes, names)
+        assert about["histogram of"] == "tokens"
+        check_histogram(about, [len(t[0]) + max(map(len, t[1:])) for t in whole], limits[0])
 
 
 def test_large_numbers_have_commas_and_bad_rows_leave_the_rest(report, tmp_path):
@@ -299,7 +364,7 @@ def test_large_numbers_have_commas_and_bad_rows_leave_the_rest(report, tmp_path)
     lines = [line.split() for line in result.out.splitlines()]
     assert ["1,299", "duplicates", "of", "an", "earlier", "example"] in lines
     assert ["chosen", *["2,345"] * 5] in lines and ["rejected", *"11111"] in lines
-    assert "  2 unusable: train.py would stop there" in result.out
+    assert "  2 unusable: train.py would stop there; --out writes the others" in result.out
     assert [line.split(": ")[1] for line in result.err.splitlines()] == [
         f"{path}:1201",
         f"{path}:1302",
@@ -308,7 +373,7 @@ def test_large_numbers_have_commas_and_bad_rows_leave_the_rest(report, tmp_path)
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": 3}, PAIR])
     good = write_jsonl(tmp_path / "good.jsonl", [PAIR, PAIR])
     out = report(good, f"--eval={bad}", expect=2).out
-    assert found_counts(out, bad) == {"examples": 1, "unusable: train.py would stop there": 1}
+    assert found_counts(out, bad) == {"examples": 1, doctor.UNUSABLE: 1}
     assert found_counts(out, good) == {
         "examples": 2, "duplicates of an earlier example": 1, "with a prompt seen earlier": 1,
         "with a prompt of the evaluation files": 2,
@@ -361,11 +426,12 @@ def test_what_is_shown_is_what_the_model_reads(report, tokenizer, tmp_path):
         assert found.pop(held_out) == ""
         return found
 
-    ranked = ["  <s> </s></s> a", *[f"    → « {n}</s>»" for n in ("one", "two", "three")]]
-    long = ["  <s> abcdef", "    → « x</s>»", "    → « abababab2</s>»"]
-    piece = tokenizer.inside.decode([5])
-    ids = [f"  <s><s>{piece}</s></s></s>", "    → «</s></s>»", "    → «<s>»"]
-    talk = "  <s> \n\nHuman: hi\n\nAssistant:\n    → « lo»\n\nHuman: q\n\nAssistant:« 4</s>»"
+    b, e = "⟦<s>⟧", "⟦</s>⟧"  # the tokens, not their spelling
+    ranked = [f"  {b} </s></s> a", *[f"    → « {n}{e}»" for n in ("one", "two", "three")]]
+    long = [f"  {b} abcdef", f"    → « x{e}»", f"    → « abababab2{e}»"]
+    piece = tokenizer.inside.decode([5]).translate(terminal.PLAIN)
+    ids = [f"  {b}{b}{piece}{e}{e}{e}", f"    → «{e}{e}»", f"    → «{b}»"]
+    talk = f"  {b} \n\nHuman: hi\n\nAssistant:\n    → « lo»\n\nHuman: q\n\nAssistant:« 4{e}»"
     both = {two: talk, one: "\n".join(ranked + long)}
     assert shown(two, one) == both, "two by default; what is dropped is not shown"
     assert shown(one, two, "--show=1") == {one: "\n".join(ranked), two: talk}
@@ -375,8 +441,8 @@ def test_what_is_shown_is_what_the_model_reads(report, tokenizer, tmp_path):
     cut_prompt = tokenizer.start.encode("abcdef")[-3:]
     kept = Spelling(tokenizer, "plain").continues(" abababab2")[:5]
     lines = [
-        f"<s>{tokenizer.inside.decode(cut_prompt)}",
-        "→ « x</s>»",
+        f"{b}{tokenizer.inside.decode(cut_prompt)}",
+        f"→ « x{e}»",
         f"→ «{tokenizer.inside.decode(kept)}»",
     ]
     assert [line.strip() for line in out.splitlines()[-3:]] == lines
@@ -387,10 +453,10 @@ def shown_of(out: str) -> dict[str, str]:
     found = {}
     for part in re.split(r"\n(?=/\S+: [\d,]+ examples\n)", out)[1:]:
         path, rest = part.split(": ", 1)
-        text = rest[rest.find("\n\n  <s>") :] if "\n\n  <s>" in rest else ""
-        found[path] = re.sub(r"\n+\d+ examples in all.*\n", "", text).replace(
-            "\n\n  <s>", "\n  <s>"
-        )
+        begins = "\n  ⟦<s>⟧"
+        text = rest[rest.find(begins) :] if begins in rest else ""
+        text = re.sub(r"\n+\d+ examples in all.*\n", "", text)
+        found[path] = text.replace("\n" + begins, begins)
     return {path: text.strip("\n") for path, text in found.items()}
 
 
@@ -398,8 +464,8 @@ def test_colours_stand_for_what_is_learnt_on_a_terminal(tokenizer, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     ids = tokenizer.encode("ab", continuation=True)
     assert len(ids) == 2, "two letters that are two pieces"
-    text = doctor.spell(np.array([*ids, 2]), np.array([False, True, True]), tokenizer)
-    assert text == "a\033[32mb</s>\033[0m"
+    text = terminal.spell(np.array([*ids, 2]), np.array([False, True, True]), tokenizer)
+    assert text == "a\033[32mb\033[7m</s>\033[27m\033[0m"
 
 
 def test_the_limits_are_those_of_training(report, tokenizer, tmp_path):
@@ -411,7 +477,8 @@ def test_the_limits_are_those_of_training(report, tokenizer, tmp_path):
     asked = report(*flags, "--show=0", "--max_length=33", "--max_prompt_length=32").out
     assert parse_report(asked)[path]["encoded"] == [1, 33, 32]
     none = report(*flags, "--max_length=3", "--max_prompt_length=1", "--show=0")
-    assert parse_report(none.out)[path]["encoded counts"] == {"prompts cut": 1, "responses cut": 2}
+    counts = {"prompts cut": 1, "responses cut": 2}
+    assert parse_report(none.out)[path]["encoded counts"] == counts
 
 
 def test_a_large_file_says_how_far_it_is_read(report, tmp_path):
