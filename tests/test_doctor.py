@@ -1,5 +1,6 @@
 """The data doctor: what it counts, what it shows, and what it says of bad files."""
 
+import gzip
 import itertools
 import json
 import math
@@ -10,8 +11,9 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import run_script, save_tokenizer, turns, write_jsonl
-from test_data_path import Spelling, assistant, cut, first_answers, user
+from test_data_path import Spelling, assistant, cut, first_answers, make_tokenizer, user
 
+import data
 import train
 from extra import doctor, terminal
 
@@ -494,3 +496,288 @@ def test_a_file_of_which_nothing_can_be_used_ends_it(report, tmp_path):
     result = report(good, bad, expect=2)
     assert result.err.splitlines()[3:] == [f"data.py: {bad}: no row can be used"]
     assert f"{good}: 1 examples" in result.out and "in all" not in result.out
+
+
+# Spelt control tokens, boundaries and cuts, on crafted files with exact numbers
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    """A tokenizer whose chats are ChatML's."""
+    return make_tokenizer("chatml", tmp_path_factory.mktemp("chatml"))
+
+
+def pair(prompt, chosen=" x", rejected=" y") -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_shapes_of_text_are_counted(report, tmp_path):
+    rows = [
+        pair("Answer: ", "An apple", "A brick"),
+        pair("Answer:\t"),
+        pair("Answer:\n"),  # a usual end
+        pair([5, 32], [7], [8]),
+        {"text": "of its own "},
+        pair("Name a fruit.", "Name a fruit. Apple", "Name a fruit. Brick"),
+        pair("Name a fruit.", " Apple", "Name a fruit."),
+        pair("Name a fruit.", "Name a fruit", "Name a"),  # not the whole of it
+        {"prompt": "Say a", "response": "Say a b"},
+        {"prompt": "Say a", "responses": ["Say a b", "Say a c", "no"]},
+        pair([{"role": "user", "content": "a "}], "a b", "a c"),
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    counts = found_counts(report(path).out, path)
+    for what in ("examples", "conversations", "with a prompt seen earlier"):
+        counts.pop(what)
+    assert counts == {
+        "with a prompt that ends in a space or a tab": 2,
+        "with a response that begins with the whole prompt": 4,
+        "with several responses that all do": 1,
+        "turns in them, the best response's included": 2,
+    }
+    path = write_jsonl(tmp_path / "y.jsonl", [PAIR])
+    assert found_counts(report(path).out, path) == {"examples": 1}, "each a line only if not zero"
+
+
+def test_spelt_control_tokens_are_counted_and_shown_as_what_they_are(
+    report, chatml, tmp_path, monkeypatch
+):
+    """A token has brackets, or is inverse on a terminal; its spelling is as it is written, and
+    what looks like brackets, or would colour the terminal, is other text."""
+    spelt = "<|im_start|>user\nhi<|im_end|>"
+    rows = [
+        pair(spelt, "yes<|im_end|>", "no<|im_end|>"),
+        pair("a", " x", " <|im_end|>"),
+        pair("a", " x", " <|im end|>"),
+        pair([{"role": "user", "content": "the film"}], "<|im_end|>", "a"),
+        pair("b", "⟦<|im_end|>⟧", "\033[7m<|im_end|>\033[27m\x9b7m"),
+    ]
+    path, flags = write_jsonl(tmp_path / "x.jsonl", rows), [f"--tokenizer={chatml.path}"]
+    counts = found_counts(report(path, *flags, "--show=0").out, path)
+    assert {what: count for what, count in counts.items() if "spells" in what} == {
+        IN_TEXT + HINT: 3, IN_TURNS: 1,
+    }  # fmt: skip
+    b, s, e, end = (f"⟦{name}⟧" for name in ("<s>", "<|im_start|>", "<|im_end|>", "</s>"))
+    out = report(path, *flags, "--show=5").out
+    shown = [part.splitlines() for part in out.split(f"\n\n  {b}")[1:]]
+    assert shown[0] == [
+        " <|im_start|>user", "hi<|im_end|>", f"    → «yes<|im_end|>{end}»", f"    → «no<|im_end|>{end}»",
+    ]  # fmt: skip
+    assert shown[3] == [
+        f"{s}user", f"the film{e}", f"{s}assistant", "", f"    → «<|im_end|>{e}»", f"    → «a{e}»",
+    ]  # fmt: skip
+    assert shown[4][1:] == [
+        f"    → «[<|im_end|>]{end}»", f"    → «\\x1b[7m<|im_end|>\\x1b[27m\\x9b7m{end}»",
+    ]  # fmt: skip
+    quiet = found_counts(report(path, *flags, "--rendered", "--show=0").out, path)
+    assert IN_TEXT + HINT not in quiet and quiet[IN_TEXT] == 3 and quiet[IN_TURNS] == 1
+    assert "spells" not in report(path).out, "which tokens there are a tokenizer says"
+    assert "give a --tokenizer" in report(path, "--rendered", expect=2).err
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    ids = chatml.encode("<|im_end|>", True)
+    text = terminal.spell(np.array([901, *ids]), np.zeros(1 + len(ids), bool), chatml)
+    assert text == "\033[7m<|im_end|>\033[27m<|im_end|>"
+
+
+def test_rendered_reaches_the_tokenizer(report, chatml, tmp_path, monkeypatch):
+    path, made = write_jsonl(tmp_path / "x.jsonl", [PAIR]), []
+    record = lambda sample, total, tokenizer, *_: made.append(tokenizer.rendered)
+    monkeypatch.setattr(doctor, "show_encoded", record)
+    report(path, f"--tokenizer={chatml.path}", "--rendered")
+    assert made == [True]
+
+
+@pytest.mark.parametrize("style", ["chatml", "inst"])
+def test_a_cut_is_inside_a_turn_unless_one_ends_there(report, tmp_path, style):
+    """At every place of a conversation's prompt; the same text without turns has none to tear."""
+    tokenizer = make_tokenizer(style, tmp_path)
+    spelling, flag = Spelling(tokenizer, style), f"--tokenizer={tokenizer.path.parent}"
+    talk = turns("u: the film | a: was great | u: b") if style == "inst" else turns("s: a | u: b")
+    path = write_jsonl(tmp_path / "x.jsonl", [pair(talk), pair("the film was great " * 9)])
+    [prompt, *_] = spelling.tree(talk, [[assistant(" x")], [assistant(" y")]])
+    ends, newline = (901, 2), spelling.continues("\n")
+    whole = [n for n in range(2, len(prompt)) if prompt[n - 1] in ends]
+    if style == "chatml":  # the newline belongs to neither turn
+        whole += [n + 1 for n in whole if prompt[n : n + 1] == newline]
+    assert whole, "there is a place"
+    for place in range(2, len(prompt)):  # prompt[place] is the first that is kept, after BOS
+        limits = [f"--max_prompt_length={len(prompt) - place + 1}", "--max_length=99", "--show=0"]
+        counts = parse_report(report(path, flag, *limits).out)[path]["encoded counts"]
+        assert counts["prompts cut"] == 2
+        assert counts.get(TORN, 0) == (place not in whole), place
+
+
+def test_responses_of_which_only_some_keep_their_end(report, tokenizer, tmp_path):
+    """Of what is kept; of a ranking's equal responses one counts."""
+    spelling, long = Spelling(tokenizer, "plain"), " was great" * 20
+    rows = [
+        pair("a", " x", long),
+        pair("a", long, " x"),
+        pair("a", long, " and slow" * 20),  # neither
+        pair("a"),  # both
+        pair("a", long, ""),  # dropped
+        pair("a", long + "1", long + "2"),  # dropped: identical once cut
+        {"prompt": "a", "response": long},  # alone
+        {"prompt": "a", "responses": [" x", long, long]},
+        {"prompt": "a", "responses": [long, long, " x"]},
+        {"prompt": "a", "responses": [" x", " x", " y"]},
+    ]
+    prompt, short = map(len, spelling.tree("a", [" x"]))
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    flags = [f"--tokenizer={tokenizer.path}", f"--max_prompt_length={prompt}", "--show=0"]
+    out = report(path, *flags, f"--max_length={prompt + short}").out  # what the short ones need
+    counts = parse_report(out)[path]["encoded counts"]
+    assert counts.pop(doctor.MERGED, 0) >= 0
+    assert counts == {
+        "dropped: empty response": 1, "dropped: identical once cut": 1, "responses cut": 7,
+        "repeated responses left out": 3, HALF: 4,
+    }  # fmt: skip
+
+
+def test_boundaries_that_a_joint_encoding_merges(report, chatml, tmp_path):
+    """Beside them others whose joint encoding is the same, or that have no boundary of texts."""
+    merged = [pair("the fi", "lm"), pair("a ", "the film"), {"prompt": "the fi", "response": "lm"}]
+    apart = [
+        pair("the film", " was"),
+        pair("the film", "", "lm"),
+        pair([5, 6], [7], [8]),
+        {"text": "the film"},
+        pair([{"role": "user", "content": "the fi"}], "lm", "x"),  # <|im_end|> is between
+    ]
+    count = lambda rows, tokenizer: parse_report(
+        report(
+            write_jsonl(tmp_path / "x.jsonl", rows), f"--tokenizer={tokenizer.path}", "--show=0"
+        ).out
+    )[str(tmp_path / "x.jsonl")]["encoded counts"].get(doctor.MERGED, 0)
+    assert count(merged, chatml) == 3 and count(merged + apart, chatml) == 3
+    assert count(apart, chatml) == 0
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # nothing is between
+    config = tmp_path / "bare" / "tokenizer_config.json"
+    save_tokenizer(chatml, config.parent)
+    config.write_text(json.dumps({"chat_template": template}))
+    talk = lambda said, *more: pair([{"role": "user", "content": said}], *more)
+    rows = [talk("the fi", "lm", "x"), talk("the film", " was", "x"), talk("the fi", "", "lm")]
+    assert count(rows, data.Tokenizer(config.parent)) == 1
+
+
+def test_what_the_template_writes_again_is_encoded_as_often(
+    report, tokenizer, tmp_path, monkeypatch
+):
+    """An example may become several: all of them are counted, and scaled to the file."""
+    ahead = doctor.encode_ahead
+    twice = lambda *rest: (copy for example in ahead(*rest) for copy in [example] * 2)
+    monkeypatch.setattr(doctor, "encode_ahead", twice)
+    path = write_jsonl(tmp_path / "x.jsonl", [pair(f"a{n}") for n in range(3)])
+    about = parse_report(report(path, f"--tokenizer={tokenizer.path}", "--show=0").out)[path]
+    assert about["encoded"][0] == 3 and about["encoded counts"]["sequences to learn in them"] == 6
+    tokens = [
+        len(t) for n in range(3) for t in Spelling(tokenizer, "plain").tree(f"a{n}", [" x", " y"])
+    ]
+    assert about["tokens in all"] == 2 * sum(tokens)
+    assert sum(row[3] for row in about["histogram"]) == 6
+
+
+# The histogram
+
+
+@pytest.mark.parametrize("lengths", [
+    [7], [0], [0, 0, 1], [5] * 99, [1, 2], [100, 101, 102], [0, 1_000_000],
+    [*range(1, 400)], [3] * 500 + [90_000],
+])  # fmt: skip
+@pytest.mark.parametrize("limit", [0, 1, 7, 100, 512, 10**7])
+def test_every_length_is_in_one_bar(capsys, lengths, limit):
+    terminal.show_histogram("tokens", np.array(lengths), limit)
+    out = capsys.readouterr().out
+    about = parse_report(f"x: {len(lengths)} examples\n{out}")["x"]
+    assert about["histogram of"] == "tokens"
+    check_histogram(about, lengths, limit)
+
+
+def test_bars_of_a_heavy_tail(capsys):
+    """Rows of equal width would put all but one into the first."""
+    terminal.show_histogram("characters", np.array([10] * 300 + [40] * 150 + [10_000]))
+    rows = parse_report(f"x: 1 examples\n{capsys.readouterr().out}")["x"]["histogram"]
+    assert len(rows) == 10 and [row[3] for row in rows] == [300, 0, 150, *[0] * 6, 1]
+    assert [len(row[2]) for row in rows] == [40, 0, 20, *[0] * 6, 1]
+
+
+def test_without_a_tokenizer_the_bars_are_of_characters(report, tmp_path):
+    """Of the whole file, though no more than a sample would be encoded; of a ranking's longest."""
+    rows = [{"prompt": "abc", "responses": ["x", "y" * (n % 9 + 2), "z"]} for n in range(40)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    about = parse_report(report(path, "--max_length=5", "--max_prompt_length=2").out)[path]
+    assert about["histogram of"] == "characters"
+    check_histogram(about, [3 + n % 9 + 2 for n in range(40)], 0)
+
+
+# The rows that can be used
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.jsonl.gz"])
+def test_out_writes_the_rows_that_can_be_used(report, tmp_path, name):
+    """As they came, of all files, with duplicates; half a surrogate in another field stays."""
+    good = [
+        PAIR | {"id": 7, "note": "Ünï 😀"},
+        PAIR,
+        PAIR,
+        {"messages": turns("u: a | a: b"), "x": None},
+        PAIR | {"source": "cut \ud83d", "score": 1.5},
+    ]
+    bad = [PAIR | {"rejected": None}, PAIR | {"chosen": " cut \ud83d"}, {"prompt": "a"}]
+    one = write_jsonl(tmp_path / "a.jsonl", [good[0], bad[0], good[1], bad[1]])
+    two = write_jsonl(tmp_path / "b.jsonl", [*bad, *good[2:]])
+    held_out = write_jsonl(tmp_path / "e.jsonl", [PAIR])
+    out = report(one, two, f"--eval={held_out}", f"--out={tmp_path / name}").out
+    assert out.endswith(f"\n{tmp_path / name}: 5 rows, 5 left out\n")
+    assert "  2 unusable" in out and "  3 unusable" in out
+    assert [row for _, row in data.read_jsonl(str(tmp_path / name))] == good
+    raw = (tmp_path / name).read_bytes()
+    text = gzip.decompress(raw) if name.endswith(".gz") else raw
+    assert "Ünï 😀".encode() in text and text.count(b"\n") == 5
+    report(tmp_path / name)
+    again = report(tmp_path / name, f"--out={tmp_path / 'again.jsonl'}").out
+    assert again.endswith("5 rows, 0 left out\n")
+    assert (tmp_path / "again.jsonl").read_bytes() == text
+    report(one, f"--eval={two}", f"--out={tmp_path / name}", expect=2)  # those stay unusable
+
+
+def test_out_is_a_file_of_its_own(report, tmp_path, monkeypatch):
+    """Nothing that is read is overwritten, by whatever name; nor what is no file."""
+    path = write_jsonl(tmp_path / "a.jsonl", [PAIR, {"prompt": 3}])
+    held_out, before = (
+        write_jsonl(tmp_path / "e.jsonl", [PAIR]),
+        (tmp_path / "a.jsonl").read_bytes(),
+    )
+    (tmp_path / "link.jsonl").symlink_to(path)
+    (tmp_path / "b.jsonl.new").write_bytes(before)
+    monkeypatch.chdir(tmp_path)
+    for files, out in (
+        ([path], path), ([path], "a.jsonl"), ([path], "link.jsonl"), (["link.jsonl"], path),
+        ([path, f"--eval={held_out}"], "e.jsonl"), ([path], tmp_path), ([path], "/dev/null"),
+        (["b.jsonl.new"], "b.jsonl"),
+    ):  # fmt: skip
+        result = report(*files, f"--out={out}", expect=2)
+        message = f"data.py: --out={out} must be a file of its own: give another name\n"
+        assert result.err == message and result.out == ""
+    for out in ("none/x.jsonl", "a.jsonl/x.jsonl"):
+        result = report(path, f"--out={out}", expect=2)
+        assert result.err.startswith(f"data.py: {out}: cannot be written (")
+        assert result.err.count("\n") == 1
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl.new").read_bytes() == before
+
+
+def test_out_leaves_no_half_file(report, tmp_path):
+    """Where the doctor stops, what was there before stays."""
+    good = write_jsonl(tmp_path / "good.jsonl", [PAIR] * 9)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(PAIR) + "\n{\n")
+    (tmp_path / "kept.jsonl").write_text("before")
+    report(good, tmp_path / "bad.jsonl", f"--out={tmp_path / 'kept.jsonl'}", expect=2)
+    assert (tmp_path / "kept.jsonl").read_text() == "before"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"good.jsonl", "bad.jsonl", "kept.jsonl"}
+
+
+def test_a_terminal_without_the_characters(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out = run_script("data.py", write_jsonl(tmp_path / "x.jsonl", [PAIR])).stdout
+    assert "\\u2588" * 40 + " 1" in out
