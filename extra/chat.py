@@ -315,20 +315,18 @@ def encode_chats(examples: list[data.Example], tokenizer: data.Tokenizer) -> lis
 
 
 def merges(example: data.Example, tokenizer: data.Tokenizer) -> bool:
-    """Would a joint encoding of prompt and first response merge tokens across their boundary?"""
-    if data.is_turns(example.prompt) or tokenizer.rendered:
+    """Would prompt and best response, encoded as one text, have another token where they meet?"""
+    before, after, place = example.prompt, example.responses[0], "first"
+    if data.is_turns(before) or (tokenizer.rendered and isinstance(before, str)):
         head, response = template_of(tokenizer).lay_out(example)[:2]
-        (before, after), place = (head[-1], (response or head)[0]), head[-1].place
-        if not before.place or after.place != "inside":
+        if not (head and response):
             return False
-        left, right = before.content, after.content
-    else:
-        (left, right), place = (example.prompt, example.responses[0]), "first"
-    joint, apart, rest = (
-        tokenizer.encode_at(p, [text])[0]
-        for p, text in ((place, left + right), (place, left), ("inside", right))
-    )
-    return joint != apart + rest
+        before, after, place = head[-1].content, response[0].content, head[-1].place
+    if not (isinstance(before, str) and isinstance(after, str) and before and after):
+        return False  # token ids, control tokens
+    places = ((place, before), ("inside", after), (place, before + after))
+    left, right, joint = (tokenizer.encode_at(p, [text])[0] for p, text in places)
+    return joint != left + right
 
 
 def end_of_turn(tokenizer: data.Tokenizer) -> int:

@@ -2,27 +2,48 @@
 
     python data.py train.jsonl,more.jsonl.gz --eval held_out.jsonl --tokenizer DIR
 
-Several files are a mixture: each is looked at in the light of those before it.
+Several files are a mixture: each is looked at in the light of those before it. With `--out FILE`
+the rows that can be used are written into one file.
 """
 
 import argparse
+import array
+import contextlib
+import gzip
 import itertools
+import json
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 import data
 from extra import chat, formats
+from extra.encoded import encode_ahead
+from extra.terminal import show_counts, show_histogram, show_lengths, spell
 
-UNUSABLE = "unusable: train.py would stop there"
+UNUSABLE = "unusable: train.py would stop there; --out writes the others into a file"
 SAMPLE = 10_000  # examples of a file that are encoded, to count tokens
+SPELT = "that spells control tokens"
+AS_TEXT = ": written as characters"
+MERGED = (
+    "whose response a joint encoding would merge into the prompt's last token: kept apart, as the "
+    "sampler starts there"
+)
 
 
-def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data.Example]:
-    """Pass on the examples of a file, counting on the way; `seen` is what earlier ones held."""
+def survey(
+    path: str, seen: set, held_out: set, facts: Counter, tokenizer=None, out=None
+) -> Iterator[data.Example]:
+    """Pass on the examples of a file, counting on the way; `seen` is what earlier ones held.
+    out: a file for the rows that they were."""
+    control = tokenizer and tokenizer.control_pattern
+    spelt_in_turns, spelt = f"with a turn {SPELT}{AS_TEXT}", f"with text {SPELT}"
+    if not (tokenizer and tokenizer.rendered):
+        spelt += f"{AS_TEXT}; --rendered makes tokens of them"
     for number, (where, row) in enumerate(data.read_jsonl(path), 1):
         if number % 100_000 == 0:
             print(f"… {number:,} read", file=sys.stderr)
@@ -33,6 +54,8 @@ def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data
             if facts[UNUSABLE] <= 3:
                 print(f"data.py: {error}", file=sys.stderr)
             continue
+        if out:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
         prompt, *responses = (
             hash(str(content)) for content in (example.prompt, *example.responses)
         )
@@ -50,7 +73,22 @@ def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data
         facts["with a prompt seen earlier"] += prompted and prompt in seen
         facts["with a prompt of the evaluation files"] += prompted and prompt in held_out
         seen |= {prompt, this}
+        if prompted and isinstance(example.prompt, str):
+            repeats = [response.startswith(example.prompt) for response in example.responses]
+            facts["with a prompt that ends in a space or a tab"] += example.prompt[-1] in " \t"
+            facts["with a response that begins with the whole prompt"] += any(repeats)
+            facts["with several responses that all do"] += len(repeats) > 1 and all(repeats)
+        if control:
+            contents = (example.prompt, *example.responses)
+            found = any(map(control.search, itertools.chain(*map(texts, contents))))
+            facts[spelt_in_turns if data.is_turns(example.prompt) else spelt] += found
         yield example
+
+
+def texts(content) -> list[str]:
+    """Those of a prompt or a response; of token ids none."""
+    turns = content if data.is_turns(content) else [{"content": content}]
+    return [turn["content"] for turn in turns if isinstance(turn["content"], str)]
 
 
 def is_empty(response) -> bool:
@@ -58,66 +96,62 @@ def is_empty(response) -> bool:
     return not response
 
 
-def show_counts(facts: Counter):
-    for what, count in facts.items():
-        if count and what != "examples":
-            print(f"  {count:>9,} {what}")
-
-
-def show_lengths(unit: str, sizes: np.ndarray, alone: bool):
-    """A table of the lengths of prompts, best and worst responses, (examples, 3); if `alone` there
-    is one response each."""
-    heads = ("5 %", "median", "95 %", "longest", "mean")
-    print(f"  {unit:<16}" + "".join(f"{head:>10}" for head in heads))
-    names = ("prompt", "response") if alone else ("prompt", "chosen", "rejected")
-    for name, column in zip(names, sizes.T):
-        quantiles = *np.quantile(column, [0.05, 0.5, 0.95, 1]), column.mean()
-        print(f"    {name:<14}" + "".join(f"{q:>10,.0f}" for q in quantiles))
-    if alone:
-        return
-    longer = (sizes[:, 1] > sizes[:, 2]).mean(), (sizes[:, 1] < sizes[:, 2]).mean()
-    print(f"    chosen is longer in {longer[0]:.1%}, rejected in {longer[1]:.1%}")
-
-
 def characters(content) -> int:
     """Of a prompt or a response; of token ids how many they are."""
-    if data.is_turns(content):
-        return sum(len(turn["content"]) for turn in content)
-    return len(content)
+    return sum(map(len, texts(content))) or (0 if data.is_turns(content) else len(content))
 
 
-def diagnose(path: str, seen: set, held_out: set, tokenizer, limits: tuple, shown: int) -> Counter:
+def diagnose(
+    path: str, seen: set, held_out: set, tokenizer, limits: tuple, shown: int, out=None
+) -> Counter:
     """Print what is in a file, and some examples as the model sees them; return the counts."""
-    facts, sizes, sample, rng = Counter(), [], [], random.Random(0)
-    for example in survey(path, seen, held_out, facts):
-        contents = (example.prompt, example.responses[0], example.responses[-1])
-        sizes.append(list(map(characters, contents)))
+    facts, sizes, sample, rng = Counter(), array.array("q"), [], random.Random(0)
+    for example in survey(path, seen, held_out, facts, tokenizer, out):
+        prompt, *responses = map(characters, (example.prompt, *example.responses))
+        sizes.extend((prompt, responses[0], responses[-1], prompt + max(responses)))
         place = len(sample) if len(sample) < SAMPLE else rng.randrange(facts["examples"])
         if place < SAMPLE:  # every example is as likely to stay
             sample[place : place + 1] = [example]
     if not sizes:
         raise data.DataError(f"{path}: no row can be used")
+    sizes = np.array(sizes).reshape(-1, 4)
     alone = all(len(example.responses) == 1 for example in sample)
     print(f"\n{path}: {facts['examples']:,} examples")
     show_counts(facts)
-    show_lengths("characters", np.array(sizes), alone)
+    show_lengths("characters", sizes[:, :3], alone)
     if tokenizer:
         show_encoded(sample, facts["examples"], tokenizer, limits, shown, alone)
+    else:
+        show_histogram("characters", sizes[:, 3])
     return facts
 
 
 def show_encoded(sample: list, total: int, tokenizer, limits: tuple, shown: int, alone: bool):
     """Print how a sample of a file's `total` examples is encoded, and `shown` of them."""
-    dataset, counts = data.encode(sample, tokenizer, *limits)
-    tokens = len(dataset.tokens) * total / counts["examples"]
+    found, whole = Counter(), array.array("q")
+    talks = {example.where for example in sample if data.is_turns(example.prompt)}
+    ends = set(chat.stop_ids(tokenizer) if talks else ())
+
+    def looked_at() -> Iterator[data.Example]:
+        for example in encode_ahead(sample, tokenizer):
+            count_cuts(example, example.where in talks, limits, tokenizer, ends, found)
+            whole.append(len(example.prompt) + max(map(len, example.responses)))
+            yield example
+
+    dataset, counts = data.encode(looked_at(), tokenizer, *limits)
+    tokens = len(dataset.tokens) * total / len(sample)
     print(
-        f"  encoded, {counts['examples']:,} of them, to at most {limits[0]} tokens, "
+        f"  encoded, {len(sample):,} of them, to at most {limits[0]} tokens, "
         f"prompts to {limits[1]}:\n  about {tokens:,.0f} tokens in all"
     )
-    show_counts(counts)
+    if counts["examples"] > len(sample):  # where the template writes earlier turns differently
+        found["sequences to learn in them"] = counts["examples"]
+    found[MERGED] = sum(chat.merges(example, tokenizer) for example in sample)
+    show_counts(counts + found)
     lengths = np.diff(dataset.offsets)
     columns = dataset.trees[:-1], dataset.trees[:-1] + 1, dataset.trees[1:] - 1
     show_lengths("tokens", np.stack([lengths[c] for c in columns], 1), alone)
+    show_histogram("tokens", np.array(whole), limits[0])
     for e in range(min(shown, len(dataset))):
         prompt, *responses = dataset[e]
         nothing = np.zeros(prompt.stop - prompt.start, bool)
@@ -126,18 +160,46 @@ def show_encoded(sample: list, total: int, tokenizer, limits: tuple, shown: int,
             print("    → " + spell(dataset.tokens[where], dataset.learnt[where], tokenizer))
 
 
-def spell(ids: np.ndarray, learnt: np.ndarray, tokenizer: data.Tokenizer) -> str:
-    """Text of a sequence with what is learnt in green, or between « » where there is no colour."""
-    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
-    names = {i: name for name, i in tokenizer.control.items()}
-    text = ""
-    for told, run in itertools.groupby(zip(ids.tolist(), learnt.tolist()), lambda pair: pair[1]):
-        text += on * told
-        for name, part in itertools.groupby((i for i, _ in run), key=names.get):
-            part = list(part)
-            text += name * len(part) if name else tokenizer.decode(part, True)
-        text += off * told
-    return text
+def count_cuts(example, conversation: bool, limits: tuple, tokenizer, ends: set, found: Counter):
+    """Count what the cut does to an encoded example beyond data.fit's own counts.
+
+    ends: the ids that end a turn. A cut just behind one, but for space and a BOS, tears no turn.
+    """
+    kept = data.fit([example.prompt, *example.responses], *limits, Counter())
+    if kept is None:
+        return
+    distinct = dict.fromkeys(map(tuple, example.responses))
+    cut = [len(after) < len(before) for before, after in zip(distinct, kept[1:])]
+    found["with one response cut and another whole"] += any(cut) and not all(cut)
+    lost = len(example.prompt) - len(kept[0])
+    if conversation and lost:
+        first, *gone = example.prompt[: lost + 1]  # the first, BOS, is kept
+        while gone and (gone[-1] == first or tokenizer.decode(gone[-1:], True).isspace()):
+            gone.pop()
+        found["prompts cut inside a turn"] += not ends.intersection(gone[-1:])
+
+
+@contextlib.contextmanager
+def usable_rows(out: str, inputs: list[str]):
+    """A file for the rows that can be used, or None; it is at `out` once all of them are in it.
+    Raises DataError."""
+    if not out:
+        yield None
+        return
+    path, new = Path(out), Path(f"{out}.new")
+    read = {Path(name).resolve() for name in inputs}
+    if {path.resolve(), new.resolve()} & read or (path.exists() and not path.is_file()):
+        raise data.DataError(f"--out={out} must be a file of its own: give another name")
+    text = {"encoding": "utf-8", "errors": "backslashreplace"}  # lone surrogates as they came
+    try:
+        with (gzip.open if out.endswith(".gz") else open)(new, "wt", **text) as file:
+            yield file
+        new.replace(path)
+    except OSError as error:
+        raise data.DataError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def main():
@@ -146,23 +208,37 @@ def main():
     add("files", nargs="+", help=".jsonl or .jsonl.gz files; several are a mixture")
     add("--eval", default="", help="evaluation files, comma-separated: are prompts shared?")
     add("--tokenizer", help="tokenizer.model, or a directory with one: count and show tokens")
+    add("--rendered", action="store_true", help="as for train.py: texts may hold control tokens")
     add("--max_length", type=int, default=512, help="as for train.py (default 512)")
     add("--max_prompt_length", type=int, default=256, help="as for train.py (default 256)")
     add("--show", type=int, default=2, help="examples to show of each file (default 2)")
+    add("--out", default="", help="write the rows that can be used there, .jsonl or .jsonl.gz")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
     held_out, seen, limits = set(), set(), (args.max_length, args.max_prompt_length)
+    files = list(filter(None, ",".join(args.files).split(",")))
+    evaluation = list(filter(None, args.eval.split(",")))
     try:
         if args.max_prompt_length >= args.max_length:
             raise data.DataError("--max_prompt_length must be less than --max_length")
+        if args.rendered and not args.tokenizer:
+            raise data.DataError("--rendered says how texts are encoded: give a --tokenizer, too")
         tokenizer = args.tokenizer and data.Tokenizer(args.tokenizer)
-        total = Counter()
-        for path in filter(None, args.eval.split(",")):
-            total[UNUSABLE] += diagnose(path, held_out, set(), tokenizer, limits, 0)[UNUSABLE]
-        for path in filter(None, ",".join(args.files).split(",")):
-            total += diagnose(path, seen, held_out, tokenizer, limits, args.show)
+        if args.rendered:
+            tokenizer.rendered = True
+        total, unusable = Counter(), 0  # unusable: rows that stay where they are
+        with usable_rows(args.out, files + evaluation) as out:
+            for path in evaluation:
+                unusable += diagnose(path, held_out, set(), tokenizer, limits, 0)[UNUSABLE]
+            for path in files:
+                total += diagnose(path, seen, held_out, tokenizer, limits, args.show, out)
     except data.DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    if "," in ",".join(args.files):
+    if len(files) > 1:
         print(f"\n{total['examples']:,} examples in all, each file compared with those before it")
-    sys.exit(2 if total[UNUSABLE] else 0)
+    if args.out:
+        print(f"\n{args.out}: {total['examples']:,} rows, {total[UNUSABLE]:,} left out")
+    else:
+        unusable += total[UNUSABLE]
+    sys.exit(2 if unusable else 0)

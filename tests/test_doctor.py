@@ -1,5 +1,6 @@
 """The data doctor: what it counts, what it shows, and what it says of bad files."""
 
+import gzip
 import itertools
 import json
 import math
@@ -10,10 +11,11 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import run_script, save_tokenizer, turns, write_jsonl
-from test_data_path import Spelling, assistant, cut, first_answers, user
+from test_data_path import Spelling, assistant, cut, first_answers, make_tokenizer, user
 
+import data
 import train
-from extra import doctor
+from extra import doctor, terminal
 
 PAIR = {"prompt": "Q: 2+2?", "chosen": " 4", "rejected": " 5"}
 
@@ -55,7 +57,7 @@ def test_the_doctor_counts(tokenizer, tmp_path):
         "1 duplicates of an earlier", "1 contradictions of an earlier", "4 with a prompt seen earlier",
         "1 with a prompt of the evaluation files", "1 dropped: empty response", "1 dropped: identical responses",
         "1 prompts cut", "chosen is longer in 25.0%, rejected in 0.0%",
-        "<s> Q: 2+2? → « 4</s>» → « 5</s>»",
+        "⟦<s>⟧ Q: 2+2? → « 4⟦</s>⟧» → « 5⟦</s>⟧»",
     ):  # fmt: skip
         assert fact in report, fact
 
@@ -66,9 +68,9 @@ def test_what_is_learnt_of_a_conversation_is_shown(report, tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [*talk, PAIR])
     directory = save_tokenizer(tokenizer, tmp_path / "t")
     one, two = (report(path, f"--tokenizer={directory}", f"--show={n}").out for n in (1, 2))
-    shown = "→ « lo»\n\nHuman: 2+2?\n\nAssistant:« 4</s>»"
-    assert shown in one and "« 5</s>»" not in one
-    assert shown in two and "→ « 4</s>»\n    → « 5</s>»" in two
+    shown = "→ « lo⟦</s>⟧» \n\nHuman: 2+2?\n\nAssistant:« 4⟦</s>⟧»"
+    assert shown in one and "« 5⟦</s>⟧»" not in one
+    assert shown in two and "→ « 4⟦</s>⟧»\n    → « 5⟦</s>⟧»" in two
     alone = report(write_jsonl(tmp_path / "sft.jsonl", talk)).out
     assert "response" in alone and "chosen" not in alone, "one response each"
 
@@ -114,6 +116,7 @@ def test_what_is_unusable_is_counted_and_the_rest_looked_at(report, tmp_path):
 # Every number, against a plain computation
 
 COUNTS = re.compile(r"  +([\d,]+) (.*)")
+ROW = re.compile(r" +([\d,]+)(?: – ([\d,]+))? (█* ?|░* ?)([\d,]+)")
 HEADS = ["5", "%", "median", "95", "%", "longest", "mean"]
 
 
@@ -137,6 +140,13 @@ def parse_report(out: str) -> dict[str, dict]:
             counts = about["encoded counts"] = {}
         elif match := re.fullmatch(r"  about ([\d,]+) tokens in all", line):
             about["tokens in all"] = number(match[1])
+        elif match := re.fullmatch(r"  (\w+) of prompt and longest response", line):
+            about["histogram of"], rows = match[1], about.setdefault("histogram", [])
+        elif match := ROW.fullmatch(line):
+            low, high, count = (number(match[i] or match[1]) for i in (1, 2, 4))
+            rows.append((low, high, match[3].strip(), count))
+        elif match := re.fullmatch(r"    (.*)% are longer than --max_length=(.*): ░", line):
+            about["longer"] = float(match[1]), number(match[2])
         elif match := COUNTS.fullmatch(line):
             counts[match[2]] = number(match[1])
         else:
@@ -172,10 +182,28 @@ def check_table(found: dict, sizes: list[tuple], names: list[str]):
         assert found["longer"] == pytest.approx([chosen, rejected], abs=0.0501)
 
 
+def check_histogram(about: dict, lengths: list[int], limit: int):
+    """Side by side, of growing widths, from the shortest to the longest; with every length once."""
+    rows = about["histogram"]
+    assert rows[0][0] == min(lengths) and rows[-1][1] == max(lengths) and len(rows) <= 11
+    assert all(a[1] + 1 == b[0] for a, b in zip(rows, rows[1:]))
+    assert sum(row[3] for row in rows) == len(lengths)
+    most = max(row[3] for row in rows)
+    for low, high, bar, count in rows:
+        assert count == sum(low <= length <= high for length in lengths)
+        assert len(bar) == math.ceil(40 * count / most)
+        assert set(bar) <= {"░" if limit and low > limit else "█"}
+        assert not limit or high <= limit or low > limit, "no row on both sides of the limit"
+    beyond = sum(length > limit for length in lengths) if limit else 0
+    assert ("longer" in about) == (beyond > 0)
+    if beyond:
+        assert about["longer"] == (pytest.approx(100 * beyond / len(lengths), abs=0.0501), limit)
+
+
 def random_row(rng: random.Random):
     """A row, its prompt and its responses; of few texts, so that they come again."""
-    texts = ["", "a", "a b", " film", "Ünï", "was great and slow " * rng.randint(1, 4)]
-    prompts = ["a", "Q: 2+2?", "the film was " * rng.randint(2, 9)]
+    texts = ["", "a", "a b", " film", "Ünï</s>", "was great and slow " * rng.randint(1, 4)]
+    prompts = ["a", "Q: 2+2?", "the film was " * rng.randint(2, 9), "great<s>"]
     prompt, kind = rng.choice(prompts), rng.choice("pppprrrmhtid")
     if kind == "p":
         answers = rng.choices(texts, k=2)
@@ -219,6 +247,17 @@ def expected_counts(rows: list, earlier: list, held_out: list) -> dict:
             r[-1]["content"] if isinstance(r[0:1], list) and r and isinstance(r[-1], dict) else r
             for r in responses
         ]
+        if isinstance(prompt, str) and prompt:
+            repeats = [text[: len(prompt)] == prompt for text in responses]
+            counts["with a prompt that ends in a space or a tab"] += prompt.endswith((" ", "\t"))
+            counts["with a response that begins with the whole prompt"] += sum(repeats) > 0
+            counts["with several responses that all do"] += sum(repeats) == len(repeats) > 1
+        if isinstance(prompt, str):
+            spelt = [text for text in [prompt, *responses] if "<s>" in text or "</s>" in text]
+            counts[IN_TEXT] += len(spelt) > 0
+        elif isinstance(prompt[0], dict):
+            spelt = json.dumps([prompt, responses])
+            counts[IN_TURNS] += "<s>" in spelt or "</s>" in spelt
         counts["with an empty response"] += any(len(text) == 0 for text in texts)
         counts["with identical responses"] += any(
             a == b for a, b in itertools.combinations(responses, 2)
@@ -233,6 +272,13 @@ def expected_counts(rows: list, earlier: list, held_out: list) -> dict:
             counts["with a prompt of the evaluation files"] += prompt in prompts
         before.append((prompt, responses))
     return +counts
+
+
+IN_TURNS = "with a turn that spells control tokens: written as characters"
+IN_TEXT = "with text that spells control tokens"
+HINT = ": written as characters; --rendered makes tokens of them"
+HALF = "with one response cut and another whole"
+TORN = "prompts cut inside a turn"
 
 
 def letters(content) -> int:
@@ -271,7 +317,10 @@ def test_every_number_of_a_random_mixture(report, tokenizer, tmp_path, monkeypat
     for sample, (path, rows) in zip(samples, files.items()):
         about, examples = found[path], [r[1:] for r in rows]
         outside = held_out if path in (three, four) else []
-        assert about["counts"] == expected_counts(rows, earlier[path], outside)
+        counts = expected_counts(rows, earlier[path], outside)
+        if IN_TEXT in counts:
+            counts[IN_TEXT + HINT] = counts.pop(IN_TEXT)
+        assert about["counts"] == counts
         alone = all(len(example.responses) == 1 for example in sample)
         names = ["prompt", "response"] if alone else ["prompt", "chosen", "rejected"]
         sizes = [(letters(p), letters(r[0]), letters(r[-1])) for p, r in examples]
@@ -280,7 +329,23 @@ def test_every_number_of_a_random_mixture(report, tokenizer, tmp_path, monkeypat
         assert len(set(drawn)) == len(drawn) == min(doctor.SAMPLE, len(rows))
         assert [(x.prompt, list(x.responses)) for x in sample] == [examples[n] for n in drawn]
         counts = Counter(examples=len(drawn))
-        trees = [cut(spelling.tree(*examples[n]), *limits, counts) for n in drawn]
+        whole = [spelling.tree(*examples[n]) for n in drawn]
+        trees = [cut(tree, *limits, counts) for tree in whole]
+        for n, before, after in zip(drawn, whole, trees):
+            prompt, responses = examples[n]
+            talk = isinstance(prompt, list) and isinstance(prompt[0], dict)
+            if after:
+                lost = [ids not in after[1:] for ids in before[1:]]
+                counts[HALF] += True in lost and False in lost
+                counts[TORN] += talk and len(before[0]) > limits[1]  # they have one turn
+            if talk:
+                prompt = f"\n\nHuman: {prompt[0]['content']}\n\nAssistant:"
+                said = " " + responses[0][0]["content"] if responses[0][-1]["content"] else ""
+            else:
+                said = responses[0]
+            if prompt and said and isinstance(prompt, str):
+                apart = spelling.begins(prompt) + spelling.continues(said)
+                counts[doctor.MERGED] += spelling.begins(prompt + said) != apart
         trees = [tree for tree in trees if tree]
         del counts["examples"]
         assert about["encoded"] == [len(drawn), *limits]
@@ -289,6 +354,8 @@ def test_every_number_of_a_random_mixture(report, tokenizer, tmp_path, monkeypat
         assert abs(about["tokens in all"] - tokens) <= 0.5 + 1e-9
         sizes = [(len(tree[0]), len(tree[1]), len(tree[-1])) for tree in trees]
         check_table(about["tokens"], sizes, names)
+        assert about["histogram of"] == "tokens"
+        check_histogram(about, [len(t[0]) + max(map(len, t[1:])) for t in whole], limits[0])
 
 
 def test_large_numbers_have_commas_and_bad_rows_leave_the_rest(report, tmp_path):
@@ -299,7 +366,7 @@ def test_large_numbers_have_commas_and_bad_rows_leave_the_rest(report, tmp_path)
     lines = [line.split() for line in result.out.splitlines()]
     assert ["1,299", "duplicates", "of", "an", "earlier", "example"] in lines
     assert ["chosen", *["2,345"] * 5] in lines and ["rejected", *"11111"] in lines
-    assert "  2 unusable: train.py would stop there" in result.out
+    assert "  2 unusable: train.py would stop there; --out writes the others" in result.out
     assert [line.split(": ")[1] for line in result.err.splitlines()] == [
         f"{path}:1201",
         f"{path}:1302",
@@ -308,7 +375,7 @@ def test_large_numbers_have_commas_and_bad_rows_leave_the_rest(report, tmp_path)
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": 3}, PAIR])
     good = write_jsonl(tmp_path / "good.jsonl", [PAIR, PAIR])
     out = report(good, f"--eval={bad}", expect=2).out
-    assert found_counts(out, bad) == {"examples": 1, "unusable: train.py would stop there": 1}
+    assert found_counts(out, bad) == {"examples": 1, doctor.UNUSABLE: 1}
     assert found_counts(out, good) == {
         "examples": 2, "duplicates of an earlier example": 1, "with a prompt seen earlier": 1,
         "with a prompt of the evaluation files": 2,
@@ -361,11 +428,12 @@ def test_what_is_shown_is_what_the_model_reads(report, tokenizer, tmp_path):
         assert found.pop(held_out) == ""
         return found
 
-    ranked = ["  <s> </s></s> a", *[f"    → « {n}</s>»" for n in ("one", "two", "three")]]
-    long = ["  <s> abcdef", "    → « x</s>»", "    → « abababab2</s>»"]
-    piece = tokenizer.inside.decode([5])
-    ids = [f"  <s><s>{piece}</s></s></s>", "    → «</s></s>»", "    → «<s>»"]
-    talk = "  <s> \n\nHuman: hi\n\nAssistant:\n    → « lo»\n\nHuman: q\n\nAssistant:« 4</s>»"
+    b, e = "⟦<s>⟧", "⟦</s>⟧"  # the tokens, not their spelling
+    ranked = [f"  {b} </s></s> a", *[f"    → « {n}{e}»" for n in ("one", "two", "three")]]
+    long = [f"  {b} abcdef", f"    → « x{e}»", f"    → « abababab2{e}»"]
+    piece = tokenizer.inside.decode([5]).translate(terminal.PLAIN)
+    ids = [f"  {b}{b}{piece}{e}{e}{e}", f"    → «{e}{e}»", f"    → «{b}»"]
+    talk = f"  {b} \n\nHuman: hi\n\nAssistant:\n    → « lo{e}» \n\nHuman: q\n\nAssistant:« 4{e}»"
     both = {two: talk, one: "\n".join(ranked + long)}
     assert shown(two, one) == both, "two by default; what is dropped is not shown"
     assert shown(one, two, "--show=1") == {one: "\n".join(ranked), two: talk}
@@ -375,8 +443,8 @@ def test_what_is_shown_is_what_the_model_reads(report, tokenizer, tmp_path):
     cut_prompt = tokenizer.start.encode("abcdef")[-3:]
     kept = Spelling(tokenizer, "plain").continues(" abababab2")[:5]
     lines = [
-        f"<s>{tokenizer.inside.decode(cut_prompt)}",
-        "→ « x</s>»",
+        f"{b}{tokenizer.inside.decode(cut_prompt)}",
+        f"→ « x{e}»",
         f"→ «{tokenizer.inside.decode(kept)}»",
     ]
     assert [line.strip() for line in out.splitlines()[-3:]] == lines
@@ -387,10 +455,10 @@ def shown_of(out: str) -> dict[str, str]:
     found = {}
     for part in re.split(r"\n(?=/\S+: [\d,]+ examples\n)", out)[1:]:
         path, rest = part.split(": ", 1)
-        text = rest[rest.find("\n\n  <s>") :] if "\n\n  <s>" in rest else ""
-        found[path] = re.sub(r"\n+\d+ examples in all.*\n", "", text).replace(
-            "\n\n  <s>", "\n  <s>"
-        )
+        begins = "\n  ⟦<s>⟧"
+        text = rest[rest.find(begins) :] if begins in rest else ""
+        text = re.sub(r"\n+\d+ examples in all.*\n", "", text)
+        found[path] = text.replace("\n" + begins, begins)
     return {path: text.strip("\n") for path, text in found.items()}
 
 
@@ -398,8 +466,8 @@ def test_colours_stand_for_what_is_learnt_on_a_terminal(tokenizer, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     ids = tokenizer.encode("ab", continuation=True)
     assert len(ids) == 2, "two letters that are two pieces"
-    text = doctor.spell(np.array([*ids, 2]), np.array([False, True, True]), tokenizer)
-    assert text == "a\033[32mb</s>\033[0m"
+    text = terminal.spell(np.array([*ids, 2]), np.array([False, True, True]), tokenizer)
+    assert text == "a\033[32mb\033[7m</s>\033[27m\033[0m"
 
 
 def test_the_limits_are_those_of_training(report, tokenizer, tmp_path):
@@ -411,7 +479,8 @@ def test_the_limits_are_those_of_training(report, tokenizer, tmp_path):
     asked = report(*flags, "--show=0", "--max_length=33", "--max_prompt_length=32").out
     assert parse_report(asked)[path]["encoded"] == [1, 33, 32]
     none = report(*flags, "--max_length=3", "--max_prompt_length=1", "--show=0")
-    assert parse_report(none.out)[path]["encoded counts"] == {"prompts cut": 1, "responses cut": 2}
+    counts = {"prompts cut": 1, "responses cut": 2}
+    assert parse_report(none.out)[path]["encoded counts"] == counts
 
 
 def test_a_large_file_says_how_far_it_is_read(report, tmp_path):
@@ -427,3 +496,290 @@ def test_a_file_of_which_nothing_can_be_used_ends_it(report, tmp_path):
     result = report(good, bad, expect=2)
     assert result.err.splitlines()[3:] == [f"data.py: {bad}: no row can be used"]
     assert f"{good}: 1 examples" in result.out and "in all" not in result.out
+
+
+# Spelt control tokens, boundaries and cuts, on crafted files with exact numbers
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    """A tokenizer whose chats are ChatML's."""
+    return make_tokenizer("chatml", tmp_path_factory.mktemp("chatml"))
+
+
+def pair(prompt, chosen=" x", rejected=" y") -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_shapes_of_text_are_counted(report, tmp_path):
+    rows = [
+        pair("Answer: ", "An apple", "A brick"),
+        pair("Answer:\t"),
+        pair("Answer:\n"),  # a usual end
+        pair([5, 32], [7], [8]),
+        {"text": "of its own "},
+        pair("Name a fruit.", "Name a fruit. Apple", "Name a fruit. Brick"),
+        pair("Name a fruit.", " Apple", "Name a fruit."),
+        pair("Name a fruit.", "Name a fruit", "Name a"),  # not the whole of it
+        {"prompt": "Say a", "response": "Say a b"},
+        {"prompt": "Say a", "responses": ["Say a b", "Say a c", "no"]},
+        pair([{"role": "user", "content": "a "}], "a b", "a c"),
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    counts = found_counts(report(path).out, path)
+    for what in ("examples", "conversations", "with a prompt seen earlier"):
+        counts.pop(what)
+    assert counts == {
+        "with a prompt that ends in a space or a tab": 2,
+        "with a response that begins with the whole prompt": 4,
+        "with several responses that all do": 1,
+        "turns in them, the best response's included": 2,
+    }
+    path = write_jsonl(tmp_path / "y.jsonl", [PAIR])
+    assert found_counts(report(path).out, path) == {"examples": 1}, "each a line only if not zero"
+
+
+def test_spelt_control_tokens_are_counted_and_shown_as_what_they_are(
+    report, chatml, tmp_path, monkeypatch
+):
+    """A token has brackets, or is inverse on a terminal; its spelling is as it is written, and
+    what looks like brackets, or would colour the terminal, is other text."""
+    spelt = "<|im_start|>user\nhi<|im_end|>"
+    rows = [
+        pair(spelt, "yes<|im_end|>", "no<|im_end|>"),
+        pair("a", " x", " <|im_end|>"),
+        pair("a", " x", " <|im end|>"),
+        pair([{"role": "user", "content": "the film"}], "<|im_end|>", "a"),
+        pair("b", "⟦<|im_end|>⟧", "\033[7m<|im_end|>\033[27m\x9b7m"),
+    ]
+    path, flags = write_jsonl(tmp_path / "x.jsonl", rows), [f"--tokenizer={chatml.path}"]
+    counts = found_counts(report(path, *flags, "--show=0").out, path)
+    assert {what: count for what, count in counts.items() if "spells" in what} == {
+        IN_TEXT + HINT: 3, IN_TURNS: 1,
+    }  # fmt: skip
+    b, s, e = (f"⟦{name}⟧" for name in ("<s>", "<|im_start|>", "<|im_end|>"))
+    end = e  # the EOS of this tokenizer
+    out = report(path, *flags, "--show=5").out
+    shown = [part.splitlines() for part in out.split(f"\n\n  {b}")[1:]]
+    assert shown[0] == [
+        " <|im_start|>user", "hi<|im_end|>", f"    → «yes<|im_end|>{end}»", f"    → «no<|im_end|>{end}»",
+    ]  # fmt: skip
+    assert shown[3] == [
+        f"{s} user", f"the film{e} ", f"{s} assistant", "", f"    → «<|im_end|>{e}»", f"    → «a{e}»",
+    ]  # fmt: skip
+    assert shown[4][1:] == [
+        f"    → «[<|im_end|>]{end}»", f"    → «\\x1b[7m<|im_end|>\\x1b[27m\\x9b7m{end}»",
+    ]  # fmt: skip
+    quiet = found_counts(report(path, *flags, "--rendered", "--show=0").out, path)
+    assert IN_TEXT + HINT not in quiet and quiet[IN_TEXT] == 3 and quiet[IN_TURNS] == 1
+    assert "spells" not in report(path).out, "which tokens there are a tokenizer says"
+    assert "give a --tokenizer" in report(path, "--rendered", expect=2).err
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    ids = chatml.encode("<|im_end|>", True)
+    text = terminal.spell(np.array([901, *ids]), np.zeros(1 + len(ids), bool), chatml)
+    assert text == "\033[7m<|im_end|>\033[27m<|im_end|>"
+
+
+def test_rendered_reaches_the_tokenizer(report, chatml, tmp_path, monkeypatch):
+    path, made = write_jsonl(tmp_path / "x.jsonl", [PAIR]), []
+    record = lambda sample, total, tokenizer, *_: made.append(tokenizer.rendered)
+    monkeypatch.setattr(doctor, "show_encoded", record)
+    report(path, f"--tokenizer={chatml.path}", "--rendered")
+    assert made == [True]
+
+
+@pytest.mark.parametrize("style", ["chatml", "inst"])
+def test_a_cut_is_inside_a_turn_unless_one_ends_there(report, tmp_path, style):
+    """At every place of a conversation's prompt; the same text without turns has none to tear."""
+    tokenizer = make_tokenizer(style, tmp_path)
+    spelling, flag = Spelling(tokenizer, style), f"--tokenizer={tokenizer.path.parent}"
+    talk = turns("u: the film | a: was great | u: b") if style == "inst" else turns("s: a | u: b")
+    path = write_jsonl(tmp_path / "x.jsonl", [pair(talk), pair("the film was great " * 9)])
+    [prompt, *_] = spelling.tree(talk, [[assistant(" x")], [assistant(" y")]])
+    ends, newline = (901, 2), spelling.begins("\n")
+    whole = [n for n in range(2, len(prompt)) if prompt[n - 1] in ends]
+    if style == "chatml":  # the newline belongs to neither turn
+        after = [n for n in whole if prompt[n : n + len(newline)] == newline]
+        whole += [n + 1 + i for n in after for i in range(len(newline))]
+    assert whole, "there is a place"
+    for place in range(2, len(prompt)):  # prompt[place] is the first that is kept, after BOS
+        limits = [f"--max_prompt_length={len(prompt) - place + 1}", "--max_length=99", "--show=0"]
+        counts = parse_report(report(path, flag, *limits).out)[path]["encoded counts"]
+        assert counts["prompts cut"] == 2
+        assert counts.get(TORN, 0) == (place not in whole), place
+
+
+def test_responses_of_which_only_some_keep_their_end(report, tokenizer, tmp_path):
+    """Of what is kept; of a ranking's equal responses one counts."""
+    spelling, long = Spelling(tokenizer, "plain"), " was great" * 20
+    rows = [
+        pair("a", " x", long),
+        pair("a", long, " x"),
+        pair("a", long, " and slow" * 20),  # neither
+        pair("a"),  # both
+        pair("a", long, ""),  # dropped
+        pair("a", long + "1", long + "2"),  # dropped: identical once cut
+        {"prompt": "a", "response": long},  # alone
+        {"prompt": "a", "responses": [" x", long, long]},
+        {"prompt": "a", "responses": [long, long, " x"]},
+        {"prompt": "a", "responses": [" x", " x", " y"]},
+    ]
+    prompt, short = map(len, spelling.tree("a", [" x"]))
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    flags = [f"--tokenizer={tokenizer.path}", f"--max_prompt_length={prompt}", "--show=0"]
+    out = report(path, *flags, f"--max_length={prompt + short}").out  # what the short ones need
+    counts = parse_report(out)[path]["encoded counts"]
+    assert counts.pop(doctor.MERGED, 0) >= 0
+    assert counts == {
+        "dropped: empty response": 1, "dropped: identical once cut": 1, "responses cut": 7,
+        "repeated responses left out": 3, HALF: 4,
+    }  # fmt: skip
+
+
+def test_boundaries_that_a_joint_encoding_merges(report, chatml, tmp_path):
+    """Beside them others whose joint encoding is the same, or that have no boundary of texts."""
+    merged = [pair("the fi", "lm"), pair("a ", "the film"), {"prompt": "the fi", "response": "lm"}]
+    apart = [
+        pair("the film", " was"),
+        pair("the film", "", "lm"),
+        pair([5, 6], [7], [8]),
+        {"text": "the film"},
+        pair([{"role": "user", "content": "the fi"}], "lm", "x"),  # <|im_end|> is between
+    ]
+    count = lambda rows, tokenizer: parse_report(
+        report(
+            write_jsonl(tmp_path / "x.jsonl", rows), f"--tokenizer={tokenizer.path}", "--show=0"
+        ).out
+    )[str(tmp_path / "x.jsonl")]["encoded counts"].get(doctor.MERGED, 0)
+    assert count(merged, chatml) == 3 and count(merged + apart, chatml) == 3
+    assert count(apart, chatml) == 0
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # nothing is between
+    config = tmp_path / "bare" / "tokenizer_config.json"
+    save_tokenizer(chatml, config.parent)
+    config.write_text(json.dumps({"chat_template": template}))
+    talk = lambda said, *more: pair([{"role": "user", "content": said}], *more)
+    rows = [talk("the fi", "lm", "x"), talk("the film", " was", "x"), talk("the fi", "", "lm")]
+    assert count(rows, data.Tokenizer(config.parent)) == 1
+
+
+def test_what_the_template_writes_again_is_encoded_as_often(
+    report, tokenizer, tmp_path, monkeypatch
+):
+    """An example may become several: all of them are counted, and scaled to the file."""
+    ahead = doctor.encode_ahead
+    twice = lambda *rest: (copy for example in ahead(*rest) for copy in [example] * 2)
+    monkeypatch.setattr(doctor, "encode_ahead", twice)
+    path = write_jsonl(tmp_path / "x.jsonl", [pair(f"a{n}") for n in range(3)])
+    about = parse_report(report(path, f"--tokenizer={tokenizer.path}", "--show=0").out)[path]
+    assert about["encoded"][0] == 3 and about["encoded counts"]["sequences to learn in them"] == 6
+    tokens = [
+        len(t) for n in range(3) for t in Spelling(tokenizer, "plain").tree(f"a{n}", [" x", " y"])
+    ]
+    assert about["tokens in all"] == 2 * sum(tokens)
+    assert sum(row[3] for row in about["histogram"]) == 6
+
+
+# The histogram
+
+
+@pytest.mark.parametrize("lengths", [
+    [7], [0], [0, 0, 1], [5] * 99, [1, 2], [100, 101, 102], [0, 1_000_000],
+    [*range(1, 400)], [3] * 500 + [90_000],
+])  # fmt: skip
+@pytest.mark.parametrize("limit", [0, 1, 7, 100, 512, 10**7])
+def test_every_length_is_in_one_bar(capsys, lengths, limit):
+    terminal.show_histogram("tokens", np.array(lengths), limit)
+    out = capsys.readouterr().out
+    about = parse_report(f"x: {len(lengths)} examples\n{out}")["x"]
+    assert about["histogram of"] == "tokens"
+    check_histogram(about, lengths, limit)
+
+
+def test_bars_of_a_heavy_tail(capsys):
+    """Rows of equal width would put all but one into the first."""
+    terminal.show_histogram("characters", np.array([10] * 300 + [40] * 150 + [10_000]))
+    rows = parse_report(f"x: 1 examples\n{capsys.readouterr().out}")["x"]["histogram"]
+    assert len(rows) == 10 and [row[3] for row in rows] == [300, 0, 150, *[0] * 6, 1]
+    assert [len(row[2]) for row in rows] == [40, 0, 20, *[0] * 6, 1]
+
+
+def test_without_a_tokenizer_the_bars_are_of_characters(report, tmp_path):
+    """Of the whole file, though no more than a sample would be encoded; of a ranking's longest."""
+    rows = [{"prompt": "abc", "responses": ["x", "y" * (n % 9 + 2), "z"]} for n in range(40)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    about = parse_report(report(path, "--max_length=5", "--max_prompt_length=2").out)[path]
+    assert about["histogram of"] == "characters"
+    check_histogram(about, [3 + n % 9 + 2 for n in range(40)], 0)
+
+
+# The rows that can be used
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.jsonl.gz"])
+def test_out_writes_the_rows_that_can_be_used(report, tmp_path, name):
+    """As they came, of all files, with duplicates; half a surrogate in another field stays."""
+    good = [
+        PAIR | {"id": 7, "note": "Ünï 😀"},
+        PAIR,
+        PAIR,
+        {"messages": turns("u: a | a: b"), "x": None},
+        PAIR | {"source": "cut \ud83d", "score": 1.5},
+    ]
+    bad = [PAIR | {"rejected": None}, PAIR | {"chosen": " cut \ud83d"}, {"prompt": "a"}]
+    one = write_jsonl(tmp_path / "a.jsonl", [good[0], bad[0], good[1], bad[1]])
+    two = write_jsonl(tmp_path / "b.jsonl", [*bad, *good[2:]])
+    held_out = write_jsonl(tmp_path / "e.jsonl", [PAIR])
+    out = report(one, two, f"--eval={held_out}", f"--out={tmp_path / name}").out
+    assert out.endswith(f"\n{tmp_path / name}: 5 rows, 5 left out\n")
+    assert "  2 unusable" in out and "  3 unusable" in out
+    assert [row for _, row in data.read_jsonl(str(tmp_path / name))] == good
+    raw = (tmp_path / name).read_bytes()
+    text = gzip.decompress(raw) if name.endswith(".gz") else raw
+    assert "Ünï 😀".encode() in text and text.count(b"\n") == 5
+    report(tmp_path / name)
+    again = report(tmp_path / name, f"--out={tmp_path / 'again.jsonl'}").out
+    assert again.endswith("5 rows, 0 left out\n")
+    assert (tmp_path / "again.jsonl").read_bytes() == text
+    report(one, f"--eval={two}", f"--out={tmp_path / name}", expect=2)  # those stay unusable
+
+
+def test_out_is_a_file_of_its_own(report, tmp_path, monkeypatch):
+    """Nothing that is read is overwritten, by whatever name; nor what is no file."""
+    path = write_jsonl(tmp_path / "a.jsonl", [PAIR, {"prompt": 3}])
+    held_out, before = (
+        write_jsonl(tmp_path / "e.jsonl", [PAIR]),
+        (tmp_path / "a.jsonl").read_bytes(),
+    )
+    (tmp_path / "link.jsonl").symlink_to(path)
+    (tmp_path / "b.jsonl.new").write_bytes(before)
+    monkeypatch.chdir(tmp_path)
+    for files, out in (
+        ([path], path), ([path], "a.jsonl"), ([path], "link.jsonl"), (["link.jsonl"], path),
+        ([path, f"--eval={held_out}"], "e.jsonl"), ([path], tmp_path), ([path], "/dev/null"),
+        (["b.jsonl.new"], "b.jsonl"),
+    ):  # fmt: skip
+        result = report(*files, f"--out={out}", expect=2)
+        message = f"data.py: --out={out} must be a file of its own: give another name\n"
+        assert result.err == message and result.out == ""
+    for out in ("none/x.jsonl", "a.jsonl/x.jsonl"):
+        result = report(path, f"--out={out}", expect=2)
+        assert result.err.startswith(f"data.py: {out}: cannot be written (")
+        assert result.err.count("\n") == 1
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl.new").read_bytes() == before
+
+
+def test_out_leaves_no_half_file(report, tmp_path):
+    """Where the doctor stops, what was there before stays."""
+    good = write_jsonl(tmp_path / "good.jsonl", [PAIR] * 9)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(PAIR) + "\n{\n")
+    (tmp_path / "kept.jsonl").write_text("before")
+    report(good, tmp_path / "bad.jsonl", f"--out={tmp_path / 'kept.jsonl'}", expect=2)
+    assert (tmp_path / "kept.jsonl").read_text() == "before"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"good.jsonl", "bad.jsonl", "kept.jsonl"}
+
+
+def test_a_terminal_without_the_characters(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out = run_script("data.py", write_jsonl(tmp_path / "x.jsonl", [PAIR])).stdout
+    assert "\\u2588" * 40 + " 1" in out
