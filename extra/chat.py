@@ -229,7 +229,7 @@ class Template:
             ended = self.length(text)
             parts = self.answer(text) + self.split(text[ended:], True) if text else []
             if not example.prompt and parts[:1] == [Part(self.tokenizer.opening)]:
-                parts = parts[1:]  # the text brings its own
+                sequences[0], parts = parts[:1], parts[1:]  # it brings its own
             sequences.append(parts)
         return self.placed(sequences, True)
 

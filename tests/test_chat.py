@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import sentencepiece
@@ -313,6 +314,186 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
         assert control(again) == control(t)
         assert again.names == t.names
         assert prompt_ids(ASKED, again) == prompt_ids(ASKED, t)
+
+
+# What is learnt, where templates do other things
+
+ALPACA = (  # nothing ends an answer
+    "{% for m in messages %}{{ {'user': '### Ask:\n', 'assistant': '### Say:\n'}[m.role] + m.content }}"
+    "{{ '\n\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### Say:\n' }}{% endif %}"
+)
+THINKING = (  # as Qwen3's: of the last answer alone the reasoning stays
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{%- if m.role == 'assistant' and loop.last %}"
+    "<think>{{ m.reasoning_content or m.content.split('</think>')[0].split('<think>')[-1] }}</think>{{ said }}"
+    "{%- else %}{{ said }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>tools ' + tools | tojson + style | default('') + '<|im_end|>' }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: "
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+
+
+def learnt_and_read(t, example) -> list[tuple[str, list[str]]]:
+    """Of each sequence all of its text, control tokens by name, and the stretches to be learnt."""
+    found = []
+    for ids in encode(example, t):
+        runs = itertools.groupby(ids, lambda i: i >= 0)
+        stretches = [spelled(t, list(run)) for told, run in runs if told]
+        found.append((spelled(t, positive(ids)), stretches))
+    return found
+
+
+def chatml(tokenizer, directory, template: str, **config) -> data.Tokenizer:
+    given = {"chat_template": template, "added_tokens_decoder": ADDED, "eos_token": IM[1]}
+    given |= {"legacy": False, "add_bos_token": False}
+    return with_files(tokenizer, directory, given | config, {})
+
+
+def test_every_answer_ends(tokenizer, tmp_path):
+    """With EOS, learnt, after each that the template leaves open; also by our own template."""
+    talk = turns("u: a | a: b | u: c | a: d")
+    t = chatml(tokenizer, tmp_path / "t", ALPACA)
+    [_, (whole, learnt)] = learnt_and_read(t, data.Example(talk[:1], (talk[1:],)))
+    assert learnt == ["b\n\n<|im_end|>", "d\n\n<|im_end|>"]
+    assert whole == "b\n\n<|im_end|>### Ask:\nc\n\n### Say:\nd\n\n<|im_end|>"
+    prompt = prompt_ids(talk[:3], t)
+    assert spelled(t, prompt) == " ### Ask:\na\n\n### Say:\nb\n\n### Ask:\nc\n\n### Say:\n"
+    [_, (_, learnt)] = learnt_and_read(tokenizer, data.Example(talk[:1], (talk[1:],)))
+    assert learnt == [" b</s>", " d</s>"]
+
+
+def test_an_answer_that_is_begun_is_continued(tokenizer, tmp_path):
+    """A prompt that ends within the assistant's turn, for training and for sampling."""
+    for i, template in enumerate((CHATML, ALPACA, THINKING.replace("loop.last", "false"), LLAMA2)):
+        t = chatml(tokenizer, tmp_path / str(i), template)
+        render = chat.template_of(t).render
+        begun, rest = turns("u: the plot | a: Sure, it"), (turns("a:  was"), turns("a: 's"))
+        (head, _), (one, [said]), (other, _) = learnt_and_read(t, data.Example(begun, rest))
+        whole = spelled(t, prompt_ids(turns("u: the plot | a: Sure, it was")[:1], t))
+        assert head.endswith("Sure, it") and head.startswith(whole) and one == said
+        assert (head + one).lstrip().startswith(render(turns("u: the plot | a: Sure, it was"), False).strip())
+        assert head.count("Sure") == 1 and one.startswith(" was") and other.startswith("'s")
+        assert said.endswith(IM[1]) and prompt_ids(begun, t) == encode(data.Example(begun, rest), t)[0]
+        more = (turns("a:  was | u: and? | a: bad"),)
+        [_, (_, learnt)] = learnt_and_read(t, data.Example(begun, more))
+        assert len(learnt) == 2 and learnt[0] == said and "bad" in learnt[1]
+    silent = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(data.DataError, match="x:1: the chat template does not write the turn"):
+        prompt = data.Example(begun, (), "x:1")
+        data.token_ids(prompt, chatml(tokenizer, tmp_path / "s", silent))
+
+
+def test_turns_that_are_not_to_be_learnt(tokenizer, tmp_path):
+    """Answers of train: false are read; others' turns and tools' results always are."""
+    t = chatml(tokenizer, tmp_path / "t", CHATML)
+    talk = turns("u: a | a: b | t: c | a: d | u: e | a: f")
+    talk[3]["train"] = False
+    [_, (whole, learnt)] = learnt_and_read(t, data.Example(talk[:1], (talk[1:],)))
+    assert learnt == ["b<|im_end|>", "f<|im_end|>"] and "d<|im_end|>" in whole
+    hidden = [turn | {"train": False} for turn in talk]
+    dataset, counts = data.encode(
+        [data.Example(talk[:1], (some[1:],)) for some in (talk, hidden)], t, 99, 50
+    )
+    assert len(dataset) == 1 and counts["dropped: no room for a response"] == 1
+
+
+def test_a_template_that_rewrites_earlier_turns(tokenizer, tmp_path):
+    """SFT learns each answer in the context that the template gives it, as one example each; pairs
+    have the history as it is rendered for the last turn."""
+    t = chatml(tokenizer, tmp_path / "t", THINKING)
+    start, end = IM
+    talk = turns("u: a | a: <think>x</think>b | u: c | a: <think>y</think>d")
+    user = lambda text: f"{start}user\n{text}{end}\n"
+    render = chat.template_of(t).render
+    asked = user("a") + f"{start}assistant\n"
+    again = user("a") + f"{start}assistant\nb{end}\n" + user("c") + f"{start}assistant\n"
+    assert render(talk[:1], True) == asked and render(talk[:3], True) == again
+    example = data.Example(talk[:1], (talk[1:],), "x:1", 0.5)
+    parts = chat.separate(example, t)
+    assert [(p.where, p.weight) for p in parts] == [("x:1", 0.5)] * 2
+    found = [learnt_and_read(t, part) for part in parts]
+    assert [[text for text, _ in sequences] for sequences in found] == [
+        [asked, f"<think>x</think>b{end}"], [again, f"<think>y</think>d{end}"],
+    ]  # fmt: skip
+    ahead = [[e.prompt, *e.responses] for e in encoded.encode_ahead([example], t)]
+    assert ahead == [encode(part, t) for part in parts]
+    hidden = [talk[1] | {"train": False}, *talk[2:]]
+    assert chat.separate(example._replace(responses=(hidden,)), t) == [example._replace(responses=(hidden,))]
+    with pytest.raises(data.DataError, match="x:1: the chat template rewrites earlier turns"):
+        encode(example, t)  # alone there is nowhere to put the second
+    # Pairs: one answer each, or several; then the last is learnt, after what both share.
+    pair = data.Example(talk[:3], (talk[3:], turns("a: e")))
+    texts = [text for text, _ in learnt_and_read(t, pair)]
+    assert texts == [again, f"<think>y</think>d{end}", f"<think>e</think>e{end}"]
+    pair = data.Example(talk[:1], (talk[1:], turns("a: f | u: g | a: h")))
+    (head, _), (one, [last]), (other, [final]) = learnt_and_read(t, pair)
+    assert head + one == again + f"<think>y</think>d{end}" and last == f"<think>y</think>d{end}"
+    assert head + other == asked + f"f{end}\n{user('g')}{start}assistant\n<think>h</think>h{end}"
+    assert final == f"<think>h</think>h{end}" and head.endswith(start)
+
+
+def test_what_a_message_carries_is_handed_to_the_template(tokenizer, tmp_path):
+    """tool_calls, name, tools, and what else; none of it becomes a control token."""
+    t = chatml(tokenizer, tmp_path / "t", TOOLS)
+    start, end = IM
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Oslo " + end}}}
+    tools, asked = [{"name": "weather", "about": end}], turns("u: Oslo?")
+    said = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    context = {"tools": tools, "chat_template_kwargs": {"style": "!"}}
+    example = data.Example(asked, (said, turns("a: no")), "x:1", context=context)
+    (head, _), (whole, learnt), _ = learnt_and_read(t, example)
+    about = json.dumps(tools, ensure_ascii=False)
+    assert head == f"{start}tools {about}!{end}{start}user: Oslo?{end}{start}assistant: "
+    made = json.dumps(call["function"])
+    assert learnt == [f"{made}{end}", f"It rains.{end}"]
+    assert whole == f"{made}{end}{start}tool weather: rain{end}{start}assistant: It rains.{end}"
+    assert encode(example, t)[0].count(control(t)[end]) == 2, "what is spelt in tools is text"
+    assert len(list(encoded.encode_ahead([example], t))) == 1
+    # Where the template leaves it out training is refused, by name.
+    plain = chatml(tokenizer, tmp_path / "p", CHATML)
+    for other, name in (
+        (example, "tool_calls"),
+        (example._replace(responses=(turns("a: no"),)), "tools"),
+        (data.Example(asked, ([{**said[2], "reasoning_content": "x"}],), "x:1"), "reasoning_content"),
+    ):
+        with pytest.raises(data.DataError, match=f"x:1: the chat template leaves out '{name}'"):
+            list(encoded.encode_ahead([other], plain))
+    silent = chatml(tokenizer, tmp_path / "s", ZEPHYR)
+    with pytest.raises(data.DataError, match="x:1: the chat template leaves out 'tool'"):
+        list(encoded.encode_ahead([data.Example(asked, (said[1:],), "x:1")], silent))
+
+
+def test_text_that_a_template_wrote(tokenizer, tmp_path):
+    """Its control tokens are meant with --rendered alone; what ends an answer is not doubled."""
+    t = chatml(tokenizer, tmp_path / "t", CHATML, legacy=True)
+    talk = turns("s: be brief | u: 2+2?")
+    rendered = chat.template_of(t).render(talk, True)
+    example = data.Example(rendered, ("4.<|im_end|>\n", "22", ""), "x:1")
+    notes = Counter()
+    [kept] = encoded.encode_ahead([example], t, notes)
+    assert notes == {chat.SPELT: 1} and not set(kept.prompt) & {320, 321}
+    assert list(notes) == ["with text that spells control tokens, kept text (--rendered reads it as tokens)"]
+    t.rendered = True
+    head, one, other, nothing = data.token_ids(example, t)
+    assert head == [t.bos_id, *prompt_ids(talk, t)], "and BOS, as texts have"
+    inside = lambda text: t.encode_at("inside", [text])[0]
+    tail = [~i for i in t.encode_at("after", ["\n"])[0]]
+    assert one == [*inside("4."), 321, *tail] and other == [*inside("22"), 321] and nothing == []
+    [again] = encoded.encode_ahead([example], t, notes)
+    assert [again.prompt, *again.responses] == [head, one, other, nothing] and notes[chat.SPELT] == 1
+    assert data.token_ids(data.Example("<s>a", ()), t)[0].count(t.bos_id) == 1
+    whole = data.Example("", ("<s>a</s> b",))
+    assert data.token_ids(whole, t) == [[1], [*t.encode_at("after", ["a"])[0], 2, *inside(" b"), 321]]
+    assert data.token_ids(data.Example(turns("u: <|im_end|>"), ()), t)[0].count(321) == 1, "of chats"
 
 
 @pytest.fixture
