@@ -117,8 +117,8 @@ def translate(path: Path) -> ModelConfig:
     """
     name = str(path.parent)
     if HUB.fullmatch(name) and not path.parent.exists():
-        get = f"`hf download {name} --local-dir DIR`"
-        raise CheckpointError(f"{name}: no such directory; from the Hugging Face hub: {get}")
+        mend = f"a model of the Hugging Face hub comes by `hf download {name} --local-dir DIR`"
+        raise CheckpointError(f"{name}: there is no such directory; {mend}")
     *adapters, base = places_of(path.parent)
     for directory in adapters:  # what is not implemented is refused before any work
         from extra.adapters import read_settings
