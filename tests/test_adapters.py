@@ -11,7 +11,7 @@ import torch
 from conftest import SHAPES, make_model, run_here, run_script, write_jsonl
 from test_model import sequence
 
-from extra import adapters, checkpoints
+from extra import checkpoints
 from extra.checkpoints import base_of, complete, with_tokenizer
 from model import (
     CheckpointError,
@@ -352,4 +352,4 @@ def test_a_tokenizer_is_that_of_the_adapters_or_of_their_base(adapter, place, tm
 def test_nothing_is_written_unless_it_is_asked_for(place, tmp_path):
     run_here("train.py", f"--data={place / 'pairs.jsonl'}", f"--init_from={place / 'tied'}", *FLAGS,
              "--lora_rank=2", f"--out_dir={tmp_path}")  # fmt: skip
-    assert not (tmp_path / "adapter").exists() and adapters.PROJECTIONS[0] == "q_proj"
+    assert not (tmp_path / "adapter").exists()

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPES, make_model, run_script
+from conftest import (
+    ROOT,
+    SHAPES,
+    make_model,
+    run_here,
+    run_script,
+    save_tokenizer,
+    write_jsonl,
+)
 from test_model import sequence
 
 from extra import lora
@@ -691,3 +699,96 @@ def test_shards_of_several_processes(ranks, kind, tmp_path, monkeypatch):
     for out in places[1::2]:
         assert_same_weights(model, load_pretrained(out))
         assert load_config(out) == config
+
+
+def write_pairs(path: Path, vocab: int = 97) -> str:
+    """Pairs of token ids: no tokenizer is needed."""
+    draw = lambda size: torch.randint(3, vocab, (size,)).tolist()
+    rows = [{"prompt": draw(3 + n % 5), "chosen": draw(2 + n % 4), "rejected": draw(2 + n % 3)} for n in range(10)]  # fmt: skip
+    return write_jsonl(path, rows)
+
+
+STAGES = """--sft_epochs=2 --epochs=2 --batch_size=4 --learning_rate=1e-2 --sft_learning_rate=1e-2
+    --warmup_steps=0 --micro_batch_tokens=60 --beta=0.5 --dtype=float32 --max_length=40
+    --max_prompt_length=20 --log_every=1""".split()
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("Qwen3", 2), ("Qwen2", 3), ("Llama", 1)])
+def test_sft_then_dpo_opens_in_transformers(name, ranks, tmp_path):
+    """Of a checkpoint of theirs, by the real script; several processes make the same model, also
+    where some have no row of a bias or a norm."""
+    transformers = pytest.importorskip("transformers")
+    values = BASE | THEIRS[name] | {"tie_word_embeddings": True}
+    if ranks > 1:
+        values |= {"head_dim": 2, "num_key_value_heads": 1}
+    config = getattr(transformers, f"{name}Config")(**values)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_(0, 0.2).add_(weight.dim() == 1)
+    theirs.save_pretrained(tmp_path / "base")
+    flags = [f"--data={write_pairs(tmp_path / 'pairs.jsonl')}", f"--init_from={tmp_path / 'base'}"]
+    run_here(
+        "train.py", *flags, *STAGES, "--activation_checkpointing", f"--out_dir={tmp_path / 'out'}"
+    )
+    ids = torch.randint(3, 97, (50,)).tolist()
+    before = theirs(torch.tensor([ids])).logits[0]
+    for place in (tmp_path / "out" / "sft", tmp_path / "out"):
+        trained = transformers.AutoModelForCausalLM.from_pretrained(place)
+        assert type(trained) is type(theirs)
+        ours, logits = load_pretrained(place), trained(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(ours(*sequence(ids)), logits, rtol=1e-4, atol=1e-4)
+        assert (logits - before).abs().max() > 0.1
+        old, new = (
+            json.loads((where / "config.json").read_text()) for where in (tmp_path / "base", place)
+        )
+        rope = old.pop("rope_parameters")
+        assert new["rope_theta"] == rope["rope_theta"]
+        kept = {key: value for key, value in new.items() if key in old}
+        assert kept == old | {"dtype": "float32"}
+    moved = {n for n, p in load_pretrained(tmp_path / "base").named_parameters()
+             if not torch.equal(p, dict(ours.named_parameters())[n])}  # fmt: skip
+    assert moved == {n for n, _ in ours.named_parameters()}, "biases and norms are trained, too"
+    if ranks > 1:
+        run_script("train.py", *flags, *STAGES, f"--out_dir={tmp_path / 'many'}", ranks=ranks)
+        many = load_pretrained(tmp_path / "many")
+        for (key, a), b in zip(ours.named_parameters(), many.parameters()):
+            torch.testing.assert_close(
+                a, b, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+def test_vocabularies_of_another_size_than_the_tokenizers(tokenizer, tmp_path):
+    """Padded, larger ones; and smaller ones (a piece added, the embeddings not resized), as long as
+    no text has such a piece; then it is one sentence, of both scripts."""
+    texts = ["film", " was great", " slow", " hotel"]
+    few, many = tokenizer.encode("film was"), tokenizer.encode("The film is great, and the plot")
+    size = max(few) + 1
+    assert max(many) >= size
+    row = {"prompt": "film", "chosen": " was", "rejected": " was was"}
+    highest = lambda *texts: max(
+        i for text in texts for i in tokenizer.encode(text, continuation=True)
+    )
+    assert max(highest(*row.values()), *few) < size, texts
+    data = f"--data={write_jsonl(tmp_path / 'few.jsonl', [row] * 4)}"
+    flags = [*STAGES[2:], "--sft_epochs=0"]
+    flags = [flag for flag in flags if not flag.startswith("--sft_learning")]
+    for name, vocab in (("larger", tokenizer.vocab_size + 40), ("smaller", size)):
+        start, out = tmp_path / name, tmp_path / f"{name}_out"
+        config = ModelConfig(vocab, 16, 32, 1, 2, 2, 8, eos_token_id=2, max_position_embeddings=99)
+        save_pretrained(Transformer(config).init_weights(0), start)
+        save_tokenizer(tokenizer, start)
+        run_here("train.py", data, f"--init_from={start}", *flags, f"--out_dir={out}")
+        assert load_config(out).vocab_size == vocab
+        shown = run_here("sample.py", out, "--prompt=film was", "--max_new_tokens=50").stdout
+        assert "film was" in shown
+        shown = run_here("sample.py", out, "--compare", start, "--score", tmp_path / "few.jsonl")
+        assert "8 responses" in shown.stdout
+    row["chosen"] = "The film is great, and the plot"
+    more = write_jsonl(tmp_path / "many.jsonl", [row] * 4)
+    beyond = "beyond the model's vocabulary\n"
+    for arguments in (["train.py", f"--data={more}", f"--init_from={start}", *flags, f"--out_dir={out}"],
+                      ["sample.py", start, f"--prompt={row['chosen']}"],
+                      ["sample.py", start, "--compare", start, "--score", more]):  # fmt: skip
+        error = run_here(*arguments, expect=2).stderr
+        assert error.endswith(beyond) and error.count("\n") == 1
