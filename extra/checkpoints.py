@@ -110,22 +110,28 @@ def with_tokenizer(directory: str | Path) -> Path:
     return next(filter(has_one, places), places[-1])
 
 
+def read_config(directory: Path) -> tuple[Path, dict]:
+    """The config.json that counts, of adapters that of their base, and what it says.
+
+    Raises CheckpointError, also for adapters that are not implemented.
+    """
+    if HUB.fullmatch(str(directory)) and not directory.exists():
+        mend = f"a model of the Hugging Face hub comes by `hf download {directory} --local-dir DIR`"
+        raise CheckpointError(f"{directory}: there is no such directory; {mend}")
+    *adapters, base = places_of(directory)
+    for place in adapters:
+        from extra.adapters import read_settings
+
+        read_settings(place)
+    return base / "config.json", read_json(base / "config.json")
+
+
 def translate(path: Path) -> ModelConfig:
     """A config.json of any program as ours; what early checkpoints lack is transformers' default.
 
     Raises CheckpointError naming what is missing, wrong or not implemented.
     """
-    name = str(path.parent)
-    if HUB.fullmatch(name) and not path.parent.exists():
-        mend = f"a model of the Hugging Face hub comes by `hf download {name} --local-dir DIR`"
-        raise CheckpointError(f"{name}: there is no such directory; {mend}")
-    *adapters, base = places_of(path.parent)
-    for directory in adapters:  # what is not implemented is refused before any work
-        from extra.adapters import read_settings
-
-        read_settings(directory)
-    path = base / "config.json"
-    given = read_json(path)
+    path, given = read_config(path.parent)
     kind = given.get("model_type")
     given = DEFAULTS.get(kind if isinstance(kind, str) else "", {}) | given
     # Transformers 5 puts into rope_parameters what was in rope_scaling and beside it.

@@ -761,7 +761,6 @@ def test_sft_then_dpo_opens_in_transformers(name, ranks, tmp_path):
 def test_vocabularies_of_another_size_than_the_tokenizers(tokenizer, tmp_path):
     """Padded, larger ones; and smaller ones (a piece added, the embeddings not resized), as long as
     no text has such a piece; then it is one sentence, of both scripts."""
-    texts = ["film", " was great", " slow", " hotel"]
     few, many = tokenizer.encode("film was"), tokenizer.encode("The film is great, and the plot")
     size = max(few) + 1
     assert max(many) >= size
@@ -769,7 +768,7 @@ def test_vocabularies_of_another_size_than_the_tokenizers(tokenizer, tmp_path):
     highest = lambda *texts: max(
         i for text in texts for i in tokenizer.encode(text, continuation=True)
     )
-    assert max(highest(*row.values()), *few) < size, texts
+    assert max(highest(*row.values()), *few) < size
     data = f"--data={write_jsonl(tmp_path / 'few.jsonl', [row] * 4)}"
     flags = [*STAGES[2:], "--sft_epochs=0"]
     flags = [flag for flag in flags if not flag.startswith("--sft_learning")]

@@ -95,8 +95,9 @@ def test_a_prompt_has_a_token(prompts):
 
 
 @pytest.mark.slow
-def test_compiled_sampling_is_the_same_in_one_graph():
-    model = make_model(SHAPES["grouped"], scale=2.0).float()
+@pytest.mark.parametrize("shape", ["grouped", "biased", "normed"])
+def test_compiled_sampling_is_the_same_in_one_graph(shape):
+    model = make_model(SHAPES[shape], scale=2.0).float()
     prompts = [[5, 6, 7], [3], [9, 8, 7, 6, 5]]
     run = lambda **options: generate(model, prompts, 20, 2, seed=1, **options)
     graphs = torch._dynamo.utils.counters["stats"]
