@@ -49,6 +49,7 @@ class ModelConfig:
     sliding_window: int | None = None  # Mistral's; nothing longer is accepted
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    model_type: str = "llama"  # or mistral; qwen2 adds biases to q, k, v, qwen3 norms to q, k
 
     @staticmethod
     def new(vocab_size: int, width: int, layers: int, heads: int, **rest) -> "ModelConfig":
@@ -67,9 +68,8 @@ class RMSNorm(nn.RMSNorm):
             x = F.rms_norm(*inputs)
         else:  # where it is not one kernel keep only x for the backward pass, if it is large
             x = checkpoint(F.rms_norm, *inputs, use_reentrant=False, preserve_rng_state=False)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # once here: every product that follows would copy
-            x = x.to(torch.get_autocast_dtype(kind))
+        if torch.is_autocast_enabled(x.device.type):  # here: each product that follows would copy
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
 
@@ -82,8 +82,7 @@ def rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where there were many turns
         frequency = frequency * (kept + (1 - kept) / scaling["factor"])
-    angle = positions[:, None] * frequency  # (T, D/2)
-    angle = torch.cat([angle, angle], dim=-1)[:, None]  # (T, 1, D)
+    angle = (positions[:, None] * frequency).repeat(1, 2)[:, None]  # (T, 1, D), twice D/2
     return angle.cos(), angle.sin()
 
 
@@ -132,16 +131,20 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity  # of each head of q and k
+        self.q_norm, self.k_norm = (norm(config.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, attend: Callable, last: int):
         """x: (T, C), of which the last `last` rows ask. Returns (last, C)."""
         heads = lambda x: x.unflatten(-1, (-1, self.head_dim))  # (T, H·D) -> (T, H, D)
-        k, v = rotate(heads(self.k_proj(x)), cos, sin), heads(self.v_proj(x))
-        q = rotate(heads(self.q_proj(x[-last:])), cos[-last:], sin[-last:])
+        k, v = self.k_norm(heads(self.k_proj(x))), heads(self.v_proj(x))
+        q = self.q_norm(heads(self.q_proj(x[-last:])))
+        q, k = rotate(q, cos[-last:], sin[-last:]), rotate(k, cos, sin)
         if torch.compiler.is_compiling() and isinstance(attend, FunctionType):  # not of the cache
             attend = torch.compiler.disable(attend)
         return self.o_proj(attend(q, k, v).flatten(1))
@@ -210,7 +213,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Transformer":
-        """GPT-2's: N(0, 0.02²), the residual projections smaller by √(2 layers), norms one."""
+        """GPT-2's: N(0, 0.02²), the residual projections smaller by √(2 layers); norms 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -218,7 +221,7 @@ class Transformer(nn.Module):
             if parameter.dim() == 2:
                 parameter.normal_(0, std, generator=generator)
             else:
-                parameter.fill_(1)
+                parameter.fill_(0 if name.endswith("bias") else 1)
         return self
 
     def forward(self, tokens, positions, attention, targets=None, rows=None):
@@ -237,13 +240,11 @@ class Transformer(nn.Module):
             asking = attention[:, 2] >= len(tokens) - last  # the segments of the last rows
             attends = [packed(attention, x.device)] * (len(self.layers) - 1)
             attends.append(packed(attention[asking], x.device))
+        recomputed = self.activation_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             # Of the last layer only what predicts something is needed.
             inputs = x, cos, sin, attends[i], last if layer is self.layers[-1] else len(tokens)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                x = layer(*inputs)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recomputed else layer(*inputs)
         weight = (self.lm_head or self.embed_tokens).weight  # (V, C)
         if targets is None:
             return head_logits(self.norm(x if rows is None else x[rows]), weight)
@@ -264,10 +265,8 @@ def shard(model: Transformer, device: str, world_size: int, gathered: torch.dtyp
 
 def describe(config: ModelConfig) -> dict:
     """The content of `config.json`."""
-    kind = "Mistral" if config.sliding_window else "Llama"
-    content = {"architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower()}
-    content |= {"hidden_act": "silu", "dtype": "float32", "torch_dtype": "float32"}
-    return content | {key: value for key, value in asdict(config).items() if value is not None}
+    content = {"architectures": [f"{config.model_type.capitalize()}ForCausalLM"]} | asdict(config)
+    return content | {"hidden_act": "silu", "dtype": "float32", "torch_dtype": "float32"}
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -294,6 +293,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(mapped, dtype=dtype, count=size, offset=offset)
             weights[name] = flat.view(entry["shape"])
     return weights
+
+
+def write_safetensors(path: Path, shapes: dict[str, torch.Size], weights):
+    """Names and values, in the order of `shapes`, in float32, one weight after another."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, weight in weights:
+            file.write(weight.detach().to("cpu", torch.float32).contiguous().numpy())
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
@@ -347,26 +360,15 @@ def save_pretrained(model: Transformer, directory: str | Path, weights=None):
     the old checkpoint, or one without config.json, which nothing opens, but never a mixture."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, parameter in model.named_parameters():
-        if ".lora." not in name:  # adapters are merged before
-            begin, end = end, end + 4 * parameter.numel()
-            entry = {"dtype": "F32", "shape": [*parameter.shape], "data_offsets": [begin, end]}
-            header[name if name == "lm_head.weight" else f"model.{name}"] = entry
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    own = lambda named: ((name, x) for name, x in named if ".lora." not in name)  # merged before
+    in_file = lambda name: name if name == "lm_head.weight" else f"model.{name}"
+    shapes = {in_file(name): p.shape for name, p in own(model.named_parameters())}
     new = directory / "saving.tmp"
-    with open(new, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, weight in weights or model.named_parameters():
-            if ".lora." not in name:
-                file.write(weight.detach().to("cpu", torch.float32).contiguous().numpy())
-
-    config = json.dumps(describe(model.config), indent=2) + "\n"
+    write_safetensors(new, shapes, own(weights or model.named_parameters()))
     (directory / "config.json").unlink(missing_ok=True)  # nothing opens without it: written last
     for pattern in ("model*.safetensors*", "pytorch_model*.bin*", "reference-*.npy"):
         for old in directory.glob(pattern):
             old.unlink()
     new.replace(directory / "model.safetensors")
-    new.write_text(config, encoding="utf-8")
+    new.write_text(json.dumps(describe(model.config), indent=2) + "\n", encoding="utf-8")
     new.replace(directory / "config.json")

@@ -69,6 +69,7 @@ class Settings:
     num_heads: int = 4  # attention heads of a new model
     dtype: str = "auto"  # of matrix products: bfloat16, float32; auto: bfloat16 on CUDA only
     lora_rank: int = 0  # train adapters of this rank only (extra/lora.py); 0: all weights
+    save_adapter: bool = False  # write the adapters, too, to out_dir/adapter, as peft does
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     log_every: int = 25  # steps
@@ -139,7 +140,8 @@ class Run:
         if self.point:  # what was recorded after the state will be again
             shutil.copy(resume / self.point["state"] / metrics.name, metrics)
         else:
-            shutil.rmtree(resume, ignore_errors=True)  # another run's
+            for place in (resume, self.out / "adapter"):  # another run's
+                shutil.rmtree(place, ignore_errors=True)
             (self.out / "encoded").mkdir(parents=True, exist_ok=True)
             metrics.write_text("")
             about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
@@ -220,9 +222,8 @@ def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> 
     s = run.settings
     with torch.device("meta"):
         model = llm.Transformer(new or llm.load_config(directory))
-    weights = {} if new else llm.read_weights(directory)
-    if new:
-        weights = llm.Transformer(new).init_weights(s.seed).state_dict()
+    made = lambda: llm.Transformer(new).init_weights(s.seed).state_dict()
+    weights = made() if new else llm.read_weights(directory)
     if s.lora_rank:
         from extra import lora
 
@@ -239,12 +240,11 @@ def save_model(model, tokenizer, directory: Path, run: Run):
     """Write a checkpoint directory, one whole weight at a time. (all ranks)"""
     s = run.settings
     if s.lora_rank:
-        from extra import lora
+        from extra import adapters, lora
 
+        adapters.save(model, directory, run)  # if wanted: once they are merged they are zero
         lora.merge(model)
-    weights = ((n, p) for n, p in model.named_parameters() if ".lora." not in n)
-    if run.world > 1:
-        weights = ((n, p.full_tensor()) for n, p in weights)
+    weights = ((n, p.full_tensor() if run.world > 1 else p) for n, p in model.named_parameters())
     if run.rank == 0:
         llm.save_pretrained(model, directory, weights)
         if tokenizer:
@@ -360,9 +360,8 @@ def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run:
         point = {"stage": stage, "step": step, "state": place.name, "settings": run.config}
         (place / "point.json").write_text(json.dumps(point), encoding="utf-8")
         (place / "point.json").replace(place.parent / "point.json")
-        for old in place.parent.glob("*-*"):
-            if old != place:
-                shutil.rmtree(old)
+        for old in {*place.parent.glob("*-*")} - {place}:
+            shutil.rmtree(old)
     run.wait()
 
 

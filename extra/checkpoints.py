@@ -1,11 +1,12 @@
-"""Llama checkpoints as other programs write them: their config.json, several files, torch's format.
+"""Checkpoints as other programs write them: their config.json, several files, torch's format.
 
 `model.py` reads what it wrote. Here is what else is distributed: configurations of transformers 4
-and 5 with keys that are missing, renamed or not implemented, weights in shards with an index, and
-pytorch_model.bin.
+and 5 with keys that are missing, renamed or not implemented, weights in shards with an index,
+pytorch_model.bin, and adapters, whose base is elsewhere (extra/adapters.py).
 """
 
 import json
+import re
 import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -16,25 +17,42 @@ from torch import Tensor
 from extra.chat import PLAIN_TEMPLATE
 from model import CheckpointError, ModelConfig, read_safetensors
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is a tokenizer
 TOKENIZER_FILES = {  # that may lie beside the weights, and go where they go
-    *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json"),
-    *("chat_template.jinja", "generation_config.json"),
+    *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "merges.txt"),
+    *("chat_template.jinja", "generation_config.json", *VOCABULARIES),
+}
+# The models that are implemented, and of each what transformers 5 takes where its config.json says
+# nothing; what else is missing has ModelConfig's default. None: hidden_size // heads, or heads.
+WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32} | WINDOW
+DEFAULTS = {
+    "llama": {},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128},
 }
 # What a config.json may say beyond `ModelConfig`; anything else is another model.
 IMPLEMENTED = {
-    "model_type": ("llama", "mistral"),
+    "model_type": tuple(DEFAULTS),
     "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
     "rope_type": ("default", "llama3", None),
-    "layer_types": (None,),
+    "layer_types": (None, []),
     "quantization_config": (None,),
 }
 REQUIRED = [field.name for field in fields(ModelConfig) if field.default is MISSING]
 WHOLE = {*REQUIRED, "max_position_embeddings", "sliding_window"}
 # Of Llama 3's scaling of the rotary frequencies, all of which must be given.
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what may be a name on the Hugging Face hub
 
 
 def read_json(path: Path) -> dict:
@@ -51,23 +69,84 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether adapters in peft's layout are there, and no model that they belong to."""
+    there = lambda name: (directory / name).is_file()
+    return there("adapter_config.json") and not there("config.json")
+
+
+def places_of(directory: str | Path) -> list[Path]:
+    """The directory; of adapters also that of their base, which may be adapters again.
+
+    Raises CheckpointError where a base is not there.
+    """
+    places = [Path(directory)]
+    while is_adapter(places[-1]):
+        path = places[-1] / "adapter_config.json"
+        name = read_json(path).get("base_model_name_or_path")
+        if not name or not isinstance(name, str):
+            raise CheckpointError(f"{path}: base_model_name_or_path is missing")
+        found = [place for place in (places[-1] / name, Path(name)) if place.is_dir()]
+        if not found:
+            mend = "write there where its base is"
+            if HUB.fullmatch(name):
+                mend = f"`hf download {name} --local-dir DIR`, then write DIR there"
+            raise CheckpointError(f"{path}: base_model_name_or_path {name!r} is not here: {mend}")
+        if found[0].resolve() in [place.resolve() for place in places]:
+            raise CheckpointError(f"{path}: base_model_name_or_path {name!r} leads back to it")
+        places.append(found[0])
+    return places
+
+
+def base_of(directory: str | Path) -> Path:
+    """Where the model is that adapters belong to; of an ordinary checkpoint its own directory."""
+    return places_of(directory)[-1]
+
+
+def with_tokenizer(directory: str | Path) -> Path:
+    """Where a checkpoint's tokenizer is: of adapters with them, or else with their base."""
+    places = places_of(directory)
+    has_one = lambda place: any((place / name).is_file() for name in VOCABULARIES)
+    return next(filter(has_one, places), places[-1])
+
+
+def read_config(directory: Path) -> tuple[Path, dict]:
+    """The config.json that counts, of adapters that of their base, and what it says.
+
+    Raises CheckpointError, also for adapters that are not implemented.
+    """
+    if HUB.fullmatch(str(directory)) and not directory.exists():
+        mend = f"a model of the Hugging Face hub comes by `hf download {directory} --local-dir DIR`"
+        raise CheckpointError(f"{directory}: there is no such directory; {mend}")
+    *adapters, base = places_of(directory)
+    for place in adapters:
+        from extra.adapters import read_settings
+
+        read_settings(place)
+    return base / "config.json", read_json(base / "config.json")
+
+
 def translate(path: Path) -> ModelConfig:
     """A config.json of any program as ours; what early checkpoints lack is transformers' default.
 
     Raises CheckpointError naming what is missing, wrong or not implemented.
     """
-    given = read_json(path)
+    path, given = read_config(path.parent)
+    kind = given.get("model_type")
+    given = DEFAULTS.get(kind if isinstance(kind, str) else "", {}) | given
     # Transformers 5 puts into rope_parameters what was in rope_scaling and beside it.
-    ropes = [given.pop(key, None) or {} for key in ("rope_parameters", "rope_scaling")]
+    ropes = [given.pop(key, None) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(rope, dict) for rope in ropes):
         raise CheckpointError(f"{path}: rope_scaling and rope_parameters must be objects")
-    rope = ropes[0] | ropes[1]
+    rope = ropes[0] or ropes[1]
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"{path}: rope_parameters of each kind of layer: not implemented")
     given |= {"rope_type": rope.get("type")} | rope  # the kind's name now, and before
+    if isinstance(layers := given.get("layer_types"), list):
+        given["layer_types"] = [layer for layer in layers if layer != "full_attention"]
     for key, allowed in IMPLEMENTED.items():
         if given.get(key) not in allowed:
             raise CheckpointError(f"{path}: {key} {given.get(key)!r} is not implemented here")
-    if given["model_type"] == "mistral":
-        given.setdefault("sliding_window", 4096)  # as in transformers; none is null
 
     shape = {f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None}
     for name in shape.keys() & WHOLE:
@@ -89,6 +168,12 @@ def translate(path: Path) -> ModelConfig:
             raise CheckpointError(f"{path}: {key} {value!r} is not a positive number")
     if shape["num_attention_heads"] % shape["num_key_value_heads"] or shape["head_dim"] % 2:
         raise CheckpointError(f"{path}: heads must divide by key-value heads, head_dim by two")
+    if kind != "mistral":
+        shape.pop("sliding_window", None)  # it means something only where it is switched on
+    if kind in ("qwen2", "qwen3") and given["use_sliding_window"] and given["sliding_window"]:
+        first = given["max_window_layers"]  # whose attention has a window; or layer_types says
+        if not layers and not (type(first) is int and first >= shape["num_hidden_layers"]):
+            raise CheckpointError(f"{path}: use_sliding_window True is not implemented here")
     return ModelConfig(**shape)
 
 
@@ -121,6 +206,10 @@ def read_files(directory: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError naming a file that is missing or cannot be read.
     """
+    if is_adapter(directory):
+        from extra.adapters import read_merged
+
+        return read_merged(directory)
     weights = {}
     for file in weight_files(directory):
         try:
@@ -145,17 +234,24 @@ def complete(directory: Path, source: str | Path = "", tokenizer: str | Path = "
     tokenizer's files. tokenizer: where that of a new model was, if it was not trained here.
     """
     if source:
-        saved, given = read_json(directory / "config.json"), read_json(Path(source) / "config.json")
+        path = directory / "config.json"
+        given = read_json(base_of(source) / "config.json")
         given.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
-        kind = {key: given[key] for key in ("model_type", "architectures") if key in given}
+        given |= {key: value for key, value in read_json(path).items() if value is not None}
         new = directory / "config.new"
-        new.write_text(json.dumps(given | saved | kind, indent=2) + "\n", encoding="utf-8")
-        new.replace(directory / "config.json")
-    beside = Path(source or tokenizer)
-    beside = beside if beside.is_dir() else beside.parent
-    for file in beside.iterdir() if source or tokenizer else ():
-        if file.name in TOKENIZER_FILES and file.parent != directory:
-            shutil.copy(file, directory)
+        new.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
+        new.replace(path)
+        for name in TOKENIZER_FILES:
+            beside = base_of(source) if name == "generation_config.json" else with_tokenizer(source)
+            if not (beside / name).is_file():
+                (directory / name).unlink(missing_ok=True)  # another run's
+            elif beside.resolve() != directory.resolve():
+                shutil.copy(beside / name, directory)
+    elif tokenizer:
+        beside = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+        for name in TOKENIZER_FILES - {"tokenizer.model"}:  # that one is written already
+            if (beside / name).is_file() and beside.resolve() != directory.resolve():
+                shutil.copy(beside / name, directory)
     if not (directory / "tokenizer_config.json").exists() and not source:
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
         config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

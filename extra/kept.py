@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from extra.checkpoints import places_of
+
 
 def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torch.Tensor:
     """What `compute()` gives, (responses,) in float64, or what an earlier run kept. (all ranks)
@@ -44,7 +46,8 @@ def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torc
 
 def digest(dataset, model, checkpoint: Path, run) -> str:
     key = f"{model.config} {run.bf16} {run.device.type} {torch.__version__}"
-    for file in sorted(checkpoint.iterdir()):
+    files = {file for place in places_of(checkpoint) for file in place.iterdir()}
+    for file in sorted(files):
         if file.suffix in (".safetensors", ".bin"):
             key += f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
     hashed = hashlib.sha256(key.encode())

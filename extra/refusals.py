@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 from data import DataError
+from extra.checkpoints import places_of
 from model import load_config
 
 CHOICES = {
@@ -47,7 +48,10 @@ def check(s, given: dict, saved: dict):
             raise DataError(f"--{name} must be a number of at least 0, found {value}")
         if value == 0 and (name in POSITIVE or OPTIONS_ABOVE_0.get(s.loss) == name):
             raise DataError(f"--{name} must be greater than 0")
-    starts_from = Path(s.init_from).resolve() if s.init_from else None
+    places = places_of(s.init_from) if s.init_from else []
+    reads = [place.resolve() for place in places]  # --init_from; of adapters their base, too
+    out = Path(s.out_dir).resolve()
+    overwritten = {out, out / "adapter"} | ({out / "sft"} if s.sft_epochs and s.epochs else set())
     wrong = {
         "--data names no file": not s.data.strip(","),
         "--max_prompt_length must be less than --max_length": s.max_prompt_length >= s.max_length,
@@ -55,11 +59,13 @@ def check(s, given: dict, saved: dict):
             s.options.get("label_smoothing", 0) >= 0.5
         ),
         "--hidden_size must be a multiple of twice --num_heads": s.hidden_size % (2 * s.num_heads),
-        "--out_dir is --init_from, which it would overwrite": (
-            starts_from == Path(s.out_dir).resolve()
-            or (starts_from == Path(s.out_dir, "sft").resolve() and s.sft_epochs and s.epochs)
-        ),
+        "--out_dir is --init_from, which it would overwrite": overwritten & {*reads[:1]},
+        "--out_dir is the base of --init_from, which it would overwrite": overwritten & {*reads},
         "with --sft_epochs=0 and --epochs=0 there is nothing to do": not s.sft_epochs + s.epochs,
+        "--save_adapter needs adapters: give --lora_rank": s.save_adapter and not s.lora_rank,
+        "--save_adapter needs a base: give --init_from, or let SFT come before DPO": (
+            s.save_adapter and not s.init_from and not (s.sft_epochs and s.epochs)
+        ),
     }
     for sentence, applies in wrong.items():
         if applies:

@@ -12,6 +12,7 @@ import torch
 
 import data
 import sample
+from extra.checkpoints import is_adapter
 
 
 def run(args, options: dict):
@@ -41,7 +42,8 @@ def load_both(args) -> tuple:
 
 def beta_of(args) -> float:
     """--beta, or else what the checkpoint was trained with, or else 0.1."""
-    path = Path(args.checkpoint) / "run.json"
+    place = Path(args.checkpoint)  # an adapter's run is where the merged model is
+    path = (place.parent if is_adapter(place) else place) / "run.json"
     if args.beta is not None or not path.is_file():
         return 0.1 if args.beta is None else args.beta
     try:
@@ -122,6 +124,9 @@ def score(args):
         if not example.responses:
             raise data.DataError(f"{example.where}: has no response that could be scored")
     trees = [with_ends(data.token_ids(e, tokenizer), e, tokenizer) for e in examples]
+    most = max(i for tree in trees for ids in tree for i in ids)
+    if most >= policy.config.vocab_size:
+        raise data.DataError(f"token id {most} is beyond the model's vocabulary")
     window = policy.config.sliding_window
     longest = max(len(tree[0]) + max(map(len, tree[1:])) for tree in trees)
     if window and longest > window:

@@ -24,9 +24,11 @@ import data  # noqa: E402
 from extra import checkpoints  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
-SHAPES = {  # tied and untied, multi-head and grouped-query, head_dim other than C / H
+SHAPES = {  # tied and untied, multi-head and grouped-query, head_dim other than C / H; Qwens
     "tied": ModelConfig(97, 32, 64, 2, 4, 4, 8, tie_word_embeddings=True),
     "grouped": ModelConfig(97, 32, 48, 3, 4, 2, 16, rope_theta=500.0),
+    "biased": ModelConfig(97, 32, 48, 2, 4, 1, 8, tie_word_embeddings=True, model_type="qwen2"),
+    "normed": ModelConfig(97, 32, 48, 2, 4, 2, 16, rms_norm_eps=1e-2, model_type="qwen3"),
 }
 
 

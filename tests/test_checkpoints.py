@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPES, make_model, run_script
+from conftest import (
+    ROOT,
+    SHAPES,
+    make_model,
+    run_here,
+    run_script,
+    save_tokenizer,
+    write_jsonl,
+)
 from test_model import sequence
 
 from extra import lora
@@ -26,6 +34,7 @@ from model import (
     read_weights,
     save_pretrained,
 )
+from sample import generate
 
 # The shapes of published models, small.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -33,7 +42,12 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 CHECKPOINTS = {
     "Llama 2": ModelConfig(97, 32, 64, 2, 4, 4, 8, bos_token_id=1, eos_token_id=2),
     "Llama 3.2": ModelConfig(97, 32, 64, 2, 4, 2, 16, rope_scaling=LLAMA3, tie_word_embeddings=True, eos_token_id=[2, 5]),
-    "Mistral": ModelConfig(97, 32, 64, 2, 4, 2, 8, sliding_window=400),
+    "Mistral": ModelConfig(97, 32, 64, 2, 4, 2, 8, sliding_window=400, model_type="mistral"),
+    "Mistral v0.3": ModelConfig(97, 32, 64, 2, 4, 2, 16, rope_theta=1e6, model_type="mistral"),
+    "Qwen2.5": ModelConfig(97, 32, 64, 2, 4, 2, 8, rope_theta=1e6, model_type="qwen2"),
+    "Qwen2.5 0.5B": ModelConfig(97, 32, 64, 2, 4, 2, 16, tie_word_embeddings=True, model_type="qwen2"),
+    "Qwen3": ModelConfig(97, 32, 64, 2, 4, 2, 16, rms_norm_eps=1e-3, model_type="qwen3"),
+    "Qwen3 0.6B": ModelConfig(97, 32, 64, 2, 4, 4, 8, tie_word_embeddings=True, model_type="qwen3"),
     "SmolLM": SHAPES["tied"],
     "wide heads": SHAPES["grouped"],
 }  # fmt: skip
@@ -74,7 +88,7 @@ def test_round_trip_and_transformers(shape, tmp_path):
     assert loaded.config == model.config
     assert_same_weights(model, loaded)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    assert type(theirs).__name__ == f"{'Mistral' if shape == 'Mistral' else 'Llama'}ForCausalLM"
+    assert type(theirs).__name__ == f"{model.config.model_type.capitalize()}ForCausalLM"
     ids = torch.randint(97, (300,)).tolist()  # far beyond Llama 3's original context
     ours = model(*sequence(ids))
     torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], ours, rtol=1e-4, atol=1e-4)
@@ -95,6 +109,110 @@ def test_round_trip_and_transformers(shape, tmp_path):
     complete(tmp_path / "again", tmp_path / "theirs")
     third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(third(torch.tensor([ids])).logits[0], ours, rtol=1e-4, atol=1e-4)
+
+
+BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
+        "max_position_embeddings": 640}  # fmt: skip
+THEIRS = {  # by transformers' class: what is special about the models of today
+    "Qwen2": {"rms_norm_eps": 1e-6, "head_dim": 16, "max_window_layers": 21, "sliding_window": 50,
+              "use_sliding_window": False, "rope_parameters": {"rope_theta": 1e4}},
+    "Qwen3": {"rms_norm_eps": 1e-2, "head_dim": 16, "attention_bias": False, "max_window_layers": 2,
+              "sliding_window": 50, "use_sliding_window": True, "rope_parameters": {"rope_theta": 1e6}},
+    "Llama": {"rms_norm_eps": 1e-5, "head_dim": 16, "mlp_bias": False, "pretraining_tp": 1,
+              "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
+    "Mistral": {"head_dim": 16, "sliding_window": None, "attention_dropout": 0.0},
+    "SmolLM": {"num_attention_heads": 2, "num_key_value_heads": 1, "is_llama_config": True, "rope_interleaved": False,
+               "rope_parameters": {"rope_theta": 1e5}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", THEIRS)
+def test_models_of_today_are_those_of_transformers(name, tied, tmp_path):
+    """One of theirs with random weights, biases and norms, in one file and in shards: the same
+    logits and greedy samples here, and there again once it is saved from here."""
+    transformers = pytest.importorskip("transformers")
+    kind = "Llama" if name == "SmolLM" else name
+    values = BASE | THEIRS[name] | {"tie_word_embeddings": tied}
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{kind}Config")(**values)
+    )
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_(0, 0.2).add_(weight.dim() == 1)
+    extras = {
+        "Qwen2": "q_proj.bias k_proj.bias v_proj.bias",
+        "Qwen3": "q_norm.weight k_norm.weight",
+    }
+    per_layer = {
+        name.split("self_attn.")[1] for name, _ in theirs.named_parameters() if "self" in name
+    }
+    assert per_layer == {f"{p}_proj.weight" for p in "qkvo"} | {*extras.get(name, "").split()}
+    ids = torch.randint(3, 97, (200,)).tolist()
+    logits = theirs(torch.tensor([ids])).logits[0]
+    longer = theirs.generate(
+        torch.tensor([ids[:9]]), max_new_tokens=30, do_sample=False, pad_token_id=0
+    )
+    for place, size in (("whole", "1GB"), ("shards", "20KB")):
+        theirs.save_pretrained(tmp_path / place, max_shard_size=size)
+        assert (len([*(tmp_path / place).glob("*.safetensors")]) == 1) is (place == "whole")
+        ours = load_pretrained(tmp_path / place)
+        assert ours.config.model_type == kind.lower() and (ours.lm_head is None) is tied
+        assert ours.config.head_dim == 16 and ours.config.sliding_window is None
+        torch.testing.assert_close(ours(*sequence(ids)), logits, rtol=1e-4, atol=1e-4)
+        greedy = generate(ours, [ids[:9], ids[:4]], 30, 2, temperature=0)[0]
+        assert greedy == longer[0, 9:].tolist()
+        if kind.startswith("Qwen"):
+            plain = Transformer(replace(ours.config, model_type="llama"))
+            fill(plain, {n: p for n, p in ours.named_parameters() if n in plain.state_dict()})
+            assert (plain(*sequence(ids)) - logits).abs().max() > 0.1, "they matter"
+
+        save_pretrained(ours, tmp_path / "out")
+        for completed in (False, True):
+            if completed:
+                complete(tmp_path / "out", tmp_path / place)
+            again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+            assert type(again) is type(theirs)
+            back = again(torch.tensor([ids])).logits[0]
+            torch.testing.assert_close(back, logits, rtol=1e-4, atol=1e-4)
+
+
+FOLLOWED = """num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings
+    sliding_window model_type""".split()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_as_in_transformers(kind, tmp_path):
+    """Each key absent, null where that means something, and given."""
+    transformers = pytest.importorskip("transformers")
+    needed = {"model_type": kind, "vocab_size": 97, "hidden_size": 256, "intermediate_size": 64,
+              "num_hidden_layers": 2, "num_attention_heads": 32}  # fmt: skip
+    changes = [{"num_key_value_heads": 8}, {"num_key_value_heads": None}, {"head_dim": 16},
+               {"max_position_embeddings": 77}, {"rms_norm_eps": 0.25}, {"rope_theta": 9.0},
+               {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+               {"rope_scaling": LLAMA3, "rope_theta": 8.0}, {"rope_parameters": LLAMA3},
+               {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+               {"tie_word_embeddings": True}, {"sliding_window": 33}, {"sliding_window": None},
+               {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0},
+               {"layer_types": ["full_attention"] * 2}]  # fmt: skip
+    changes += [{}] if kind == "qwen3" else [{"head_dim": None}, {}]
+    if kind == "mistral":
+        changes.remove({"num_key_value_heads": None})  # which transformers refuses
+        changes.remove({"layer_types": ["full_attention"] * 2})  # and makes this a ministral
+    for change in changes:
+        (tmp_path / "config.json").write_text(json.dumps(needed | change))
+        ours, theirs = load_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+        expected = {name: getattr(theirs, name, None) for name in FOLLOWED}
+        if kind == "llama":
+            expected["sliding_window"] = None  # it has none, whatever its config.json says
+        if kind == "qwen2":  # where transformers computes it when it is used
+            expected["head_dim"] = change.get("head_dim") or 256 // 32
+        assert {name: getattr(ours, name) for name in FOLLOWED} == expected, change
+        rope = theirs.rope_parameters
+        assert ours.rope_theta == rope["rope_theta"], change
+        scaled = {name: rope[name] for name in LLAMA3} if rope["rope_type"] == "llama3" else None
+        assert ours.rope_scaling == scaled, change
 
 
 def test_our_file_is_safetensors(tmp_path):
@@ -269,7 +387,7 @@ def test_saving_keeps_what_the_source_says(tmp_path):
     model = Transformer(CHECKPOINTS["Mistral"]).init_weights(0)
     save_pretrained(model, source)
     config = json.loads((source / "config.json").read_text())
-    extra = {"pretraining_tp": 1, "architectures": ["MistralForCausalLM"], "attention_dropout": 0.1,
+    extra = {"pretraining_tp": 1, "attention_dropout": 0.1,
              "pad_token_id": 0, "dtype": "bfloat16", "torch_dtype": "bfloat16"}  # fmt: skip
     del config["rope_theta"]
     rope = {
@@ -296,18 +414,25 @@ def test_saving_keeps_what_the_source_says(tmp_path):
 
 
 def test_a_source_keeps_its_architecture(tmp_path):
-    """A Mistral whose window is null (v0.2 on) stays one."""
-    config = describe(CHECKPOINTS["Llama 2"]) | {"sliding_window": None}
-    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    model = Transformer(CHECKPOINTS["Llama 2"]).init_weights(0)
-    save_pretrained(model, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_config(tmp_path) == model.config
-    save_pretrained(model, tmp_path / "out")
-    complete(tmp_path / "out", tmp_path)
-    saved = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (saved["model_type"], saved["architectures"]) == ("mistral", ["MistralForCausalLM"])
-    assert load_config(tmp_path / "out") == model.config
+    """A Mistral whose window is null (v0.2 on) stays one, a Qwen whose window is not used, too."""
+    for name, kind in (("Mistral v0.3", "Mistral"), ("Qwen3", "Qwen3")):
+        source, out = tmp_path / kind, tmp_path / kind / "out"
+        model = Transformer(CHECKPOINTS[name]).init_weights(0)
+        save_pretrained(model, source)
+        config = json.loads((source / "config.json").read_text())
+        assert config["sliding_window"] is None
+        if kind == "Qwen3":
+            config |= {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}
+            (source / "config.json").write_text(json.dumps(config))
+        for complete_too in (False, True):
+            save_pretrained(model, out)
+            if complete_too:
+                complete(out, source)
+            saved = json.loads((out / "config.json").read_text())
+            assert saved["model_type"] == kind.lower()
+            assert saved["architectures"] == [f"{kind}ForCausalLM"]
+            assert load_config(out) == model.config
+        assert saved["sliding_window"] == (4096 if kind == "Qwen3" else None)
 
 
 def test_a_new_tokenizer_is_saved_with_what_others_want(tokenizer, tmp_path):
@@ -326,6 +451,8 @@ def test_a_new_tokenizer_is_saved_with_what_others_want(tokenizer, tmp_path):
     assert rendered == "<s>\n\nHuman: 2+2?\n\nAssistant:"
 
 
+OTHERS = """gemma gemma2 gemma3_text phi phi3 mixtral qwen2_moe qwen3_moe qwen2_vl smollm3 granite
+    olmo2 cohere stablelm starcoder2 ministral mistral3 llama4_text gpt_oss""".split()
 MISMATCH = r"weight {}: {} in the files, {} by config.json"
 REFUSED = [
     ({"model_type": "gpt2"}, "model_type 'gpt2'"),
@@ -333,7 +460,19 @@ REFUSED = [
     ({"attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    *[({"model_type": kind}, f"model_type '{kind}' is not implemented here") for kind in OTHERS],
+    ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
     ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, r"layer_types \['chunked_attention'\]"),
+    ({"layer_types": "full_attention"}, "layer_types 'full_attention'"),
+    ({"rope_interleaved": True}, "rope_interleaved True"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters of each kind of layer"),
+    *[({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": count}, "use_sliding_window True is not implemented")
+      for count in (0, 1, "2", None)],
+    ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 9, "layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    *[({"model_type": kind, "attention_bias": True}, "attention_bias") for kind in ("qwen2", "qwen3", "mistral")],
+    ({"model_type": "qwen2"}, MISMATCH.format(r"\S+_proj\.bias", "none", r"\(32,\)")),
+    ({"model_type": "qwen3"}, MISMATCH.format(r"\S+_norm\.weight", "none", r"\(8,\)")),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),
@@ -441,6 +580,7 @@ def test_old_and_sparse_configs_open(tmp_path):
     loaded = load_config(tmp_path)
     assert loaded == replace(CHECKPOINTS["Llama 2"], bos_token_id=None, eos_token_id=None)
     assert loaded.rms_norm_eps == 1e-6
+    given["num_key_value_heads"] = 4
     write(given | {"model_type": "mistral"})
     assert load_config(tmp_path).sliding_window == 4096
     write(given | {"model_type": "mistral", "sliding_window": None})
@@ -542,11 +682,12 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_shards_of_several_processes(ranks, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "llama"), (4, "qwen2"), (3, "qwen3")])
+def test_shards_of_several_processes(ranks, kind, tmp_path, monkeypatch):
     """Each reads and holds its rows only, some none; saved together, they are the same weights."""
-    config = ModelConfig(97, 32, 50, 2, 4, 1, 2, eos_token_id=2)  # two rows of k and v
-    model = Transformer(config).init_weights(0)
+    # Two rows of k and v, of their biases and of the norms.
+    config = ModelConfig(97, 32, 50, 2, 4, 1, 2, eos_token_id=2, model_type=kind)
+    model = make_model(config).float()
     for name in ("safetensors", "bin"):
         save_pretrained(model, tmp_path / name)
     (tmp_path / "bin" / "model.safetensors").unlink()
@@ -558,3 +699,95 @@ def test_shards_of_several_processes(ranks, tmp_path, monkeypatch):
     for out in places[1::2]:
         assert_same_weights(model, load_pretrained(out))
         assert load_config(out) == config
+
+
+def write_pairs(path: Path, vocab: int = 97) -> str:
+    """Pairs of token ids: no tokenizer is needed."""
+    draw = lambda size: torch.randint(3, vocab, (size,)).tolist()
+    rows = [{"prompt": draw(3 + n % 5), "chosen": draw(2 + n % 4), "rejected": draw(2 + n % 3)} for n in range(10)]  # fmt: skip
+    return write_jsonl(path, rows)
+
+
+STAGES = """--sft_epochs=2 --epochs=2 --batch_size=4 --learning_rate=1e-2 --sft_learning_rate=1e-2
+    --warmup_steps=0 --micro_batch_tokens=60 --beta=0.5 --dtype=float32 --max_length=40
+    --max_prompt_length=20 --log_every=1""".split()
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("Qwen3", 2), ("Qwen2", 3), ("Llama", 1)])
+def test_sft_then_dpo_opens_in_transformers(name, ranks, tmp_path):
+    """Of a checkpoint of theirs, by the real script; several processes make the same model, also
+    where some have no row of a bias or a norm."""
+    transformers = pytest.importorskip("transformers")
+    values = BASE | THEIRS[name] | {"tie_word_embeddings": True}
+    if ranks > 1:
+        values |= {"head_dim": 2, "num_key_value_heads": 1}
+    config = getattr(transformers, f"{name}Config")(**values)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_(0, 0.2).add_(weight.dim() == 1)
+    theirs.save_pretrained(tmp_path / "base")
+    flags = [f"--data={write_pairs(tmp_path / 'pairs.jsonl')}", f"--init_from={tmp_path / 'base'}"]
+    run_here(
+        "train.py", *flags, *STAGES, "--activation_checkpointing", f"--out_dir={tmp_path / 'out'}"
+    )
+    ids = torch.randint(3, 97, (50,)).tolist()
+    before = theirs(torch.tensor([ids])).logits[0]
+    for place in (tmp_path / "out" / "sft", tmp_path / "out"):
+        trained = transformers.AutoModelForCausalLM.from_pretrained(place)
+        assert type(trained) is type(theirs)
+        ours, logits = load_pretrained(place), trained(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(ours(*sequence(ids)), logits, rtol=1e-4, atol=1e-4)
+        assert (logits - before).abs().max() > 0.1
+        old, new = (
+            json.loads((where / "config.json").read_text()) for where in (tmp_path / "base", place)
+        )
+        rope = old.pop("rope_parameters")
+        assert new["rope_theta"] == rope["rope_theta"]
+        kept = {key: value for key, value in new.items() if key in old}
+        assert kept == old | {"dtype": "float32"}
+    moved = {n for n, p in load_pretrained(tmp_path / "base").named_parameters()
+             if not torch.equal(p, dict(ours.named_parameters())[n])}  # fmt: skip
+    assert moved == {n for n, _ in ours.named_parameters()}, "biases and norms are trained, too"
+    if ranks > 1:
+        run_script("train.py", *flags, *STAGES, f"--out_dir={tmp_path / 'many'}", ranks=ranks)
+        many = load_pretrained(tmp_path / "many")
+        for (key, a), b in zip(ours.named_parameters(), many.parameters()):
+            torch.testing.assert_close(
+                a, b, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+def test_vocabularies_of_another_size_than_the_tokenizers(tokenizer, tmp_path):
+    """Padded, larger ones; and smaller ones (a piece added, the embeddings not resized), as long as
+    no text has such a piece; then it is one sentence, of both scripts."""
+    few, many = tokenizer.encode("film was"), tokenizer.encode("The film is great, and the plot")
+    size = max(few) + 1
+    assert max(many) >= size
+    row = {"prompt": "film", "chosen": " was", "rejected": " was was"}
+    highest = lambda *texts: max(
+        i for text in texts for i in tokenizer.encode(text, continuation=True)
+    )
+    assert max(highest(*row.values()), *few) < size
+    data = f"--data={write_jsonl(tmp_path / 'few.jsonl', [row] * 4)}"
+    flags = [*STAGES[2:], "--sft_epochs=0"]
+    flags = [flag for flag in flags if not flag.startswith("--sft_learning")]
+    for name, vocab in (("larger", tokenizer.vocab_size + 40), ("smaller", size)):
+        start, out = tmp_path / name, tmp_path / f"{name}_out"
+        config = ModelConfig(vocab, 16, 32, 1, 2, 2, 8, eos_token_id=2, max_position_embeddings=99)
+        save_pretrained(Transformer(config).init_weights(0), start)
+        save_tokenizer(tokenizer, start)
+        run_here("train.py", data, f"--init_from={start}", *flags, f"--out_dir={out}")
+        assert load_config(out).vocab_size == vocab
+        shown = run_here("sample.py", out, "--prompt=film was", "--max_new_tokens=50").stdout
+        assert "film was" in shown
+        shown = run_here("sample.py", out, "--compare", start, "--score", tmp_path / "few.jsonl")
+        assert "8 responses" in shown.stdout
+    row["chosen"] = "The film is great, and the plot"
+    more = write_jsonl(tmp_path / "many.jsonl", [row] * 4)
+    beyond = "beyond the model's vocabulary\n"
+    for arguments in (["train.py", f"--data={more}", f"--init_from={start}", *flags, f"--out_dir={out}"],
+                      ["sample.py", start, f"--prompt={row['chosen']}"],
+                      ["sample.py", start, "--compare", start, "--score", more]):  # fmt: skip
+        error = run_here(*arguments, expect=2).stderr
+        assert error.endswith(beyond) and error.count("\n") == 1

@@ -905,7 +905,7 @@ def test_a_reference_has_the_same_tokenizer(run, place, tokenizer, tmp_path, cap
 
 def test_nothing_beyond_the_window_is_scored(run, tmp_path, capsys):
     """The longest prompt with its longest response may be just as long."""
-    model = make_model(replace(SHAPES["tied"], sliding_window=10))
+    model = make_model(replace(SHAPES["tied"], sliding_window=10, model_type="mistral"))
     save_pretrained(model, tmp_path / "m")
     flags = [tmp_path / "m", "--compare", tmp_path / "m", "--score"]
     row = {"prompt": [5] * 4, "chosen": [6, 2], "rejected": [7] * 6}

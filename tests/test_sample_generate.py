@@ -69,9 +69,10 @@ def test_stops_at_any_of_several_ids():
     assert all(len(ids) == 30 for ids in run(set())), "nothing stops it"
 
 
-def test_the_cache_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cache_changes_nothing(shape, monkeypatch):
     """Sampled, in a batch of several lengths: the same tokens as when all runs again."""
-    model = make_model(SHAPES["grouped"], scale=2.0)
+    model = make_model(SHAPES[shape], scale=2.0)
     run = lambda: generate(model, PROMPTS * 5, 12, 2, seed=1, temperature=0.8, top_p=0.9)
     cached = run()
     monkeypatch.setitem(sys.modules, "extra.cache", None)
@@ -94,8 +95,9 @@ def test_a_prompt_has_a_token(prompts):
 
 
 @pytest.mark.slow
-def test_compiled_sampling_is_the_same_in_one_graph():
-    model = make_model(SHAPES["grouped"], scale=2.0).float()
+@pytest.mark.parametrize("shape", ["grouped", "biased", "normed"])
+def test_compiled_sampling_is_the_same_in_one_graph(shape):
+    model = make_model(SHAPES[shape], scale=2.0).float()
     prompts = [[5, 6, 7], [3], [9, 8, 7, 6, 5]]
     run = lambda **options: generate(model, prompts, 20, 2, seed=1, **options)
     graphs = torch._dynamo.utils.counters["stats"]
@@ -105,7 +107,8 @@ def test_compiled_sampling_is_the_same_in_one_graph():
 
 
 def test_nothing_is_longer_than_the_sliding_window():
-    model = Transformer(replace(SHAPES["tied"], sliding_window=10)).init_weights(0)
+    config = replace(SHAPES["tied"], sliding_window=10, model_type="mistral")
+    model = Transformer(config).init_weights(0)
     assert len(generate(model, [[5, 6], [3] * 6], 4, set())[0]) == 4
     with pytest.raises(CheckpointError, match="11 tokens are more than the sliding window of 10"):
         generate(model, [[5, 6], [3] * 6], 5, 2)

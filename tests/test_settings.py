@@ -849,6 +849,18 @@ def trains_adapters(before: Run, after: Run):
                 assert torch.equal(ends[name], weight), name
 
 
+def writes_adapters(before: Run, after: Run):
+    """What the last step of DPO left, by peft's names, beside the model that it is merged into."""
+    files = [name for name in after.facets["files"] if name not in before.facets["files"]]
+    assert files == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    saved = llm.read_safetensors(after.out / files[1])
+    last = after.steps["dpo"][-1].after
+    assert len(saved) == len(last)
+    for name, weight in last.items():
+        name = name.replace("lora.0", "lora_A").replace("lora.1", "lora_B")
+        assert torch.equal(saved[f"base_model.model.model.{name}"], weight), name
+
+
 def compiles_blocks(before: Run, after: Run):
     assert after.compiled == [{"dynamic": True}] * after.settings.num_layers
 
@@ -985,6 +997,7 @@ CASES = [
     Case("dtype", {"dtype": "bfloat16"}, BOTH | {"precision", "printed"}, half_precision),
     Case("dtype", {"dtype": "float32"}, set()),
     Case("lora_rank", {"lora_rank": 3}, BOTH | {"start", "trained", "printed"} | of("optimizer"), trains_adapters),
+    Case("save_adapter", {"save_adapter": "true"}, {"files"}, writes_adapters, {"lora_rank": 3}),
     Case("compile", {"compile": "true"}, {"compiled"}, compiles_blocks),
     Case("activation_checkpointing", {"activation_checkpointing": "true"}, of("blocks"), recomputes),
     Case("log_every", {"log_every": 4}, of("rows") | of("logged"), averages_rows),
@@ -1086,7 +1099,7 @@ PROMISED = {
     "sft_learning_rate": 1e-5, "lr_schedule": "linear", "warmup_steps": 20, "weight_decay": 0.0, "grad_clip": 1.0,
     "batch_size": 64, "epochs": 1, "sft_epochs": 1, "max_steps": 0, "shuffle": True, "seed": 0, "rendered": False, "max_length": 512,
     "max_prompt_length": 256, "micro_batch_tokens": 4096, "vocab_size": 640, "hidden_size": 128, "num_layers": 2,
-    "num_heads": 4, "dtype": "auto", "lora_rank": 0, "compile": False, "activation_checkpointing": False,
+    "num_heads": 4, "dtype": "auto", "lora_rank": 0, "save_adapter": False, "compile": False, "activation_checkpointing": False,
     "log_every": 25, "eval_every": 0, "save_every": 0, "wandb": "disabled", "options": {"label_smoothing": 0.0},
 }  # fmt: skip
 
@@ -1387,6 +1400,40 @@ def test_settings_that_contradict_each_other_are_refused(refusal, world, tmp_pat
     assert about(start) == about(tmp_path / "x" / ".." / "run") == about(start / "sft") == over
     assert about(start, sft_epochs=0) == about(start, epochs=0) == over
     assert about(start / "sft", sft_epochs=0) == about(start / "sft", epochs=0) == ""
+
+    adapters = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    for place, base in (
+        ("adapter", "sft"),
+        ("other", "sft"),
+        ("again", "other"),
+        ("far", "checkpoint"),
+    ):
+        (start / place).mkdir()
+        named = {
+            "base_model_name_or_path": str(
+                {"checkpoint": world["checkpoint"]}.get(base, start / base)
+            )
+        }
+        (start / place / "adapter_config.json").write_text(json.dumps(adapters | named))
+    assert about(start / "adapter") == about(start / "adapter", sft_epochs=0) == over
+    base = "--out_dir is the base of --init_from, which it would overwrite"
+    assert about(start / "other") == about(start / "again") == base
+    assert about(start / "other", sft_epochs=0) == about(start / "again", epochs=0) == ""
+    assert about(start / "far") == ""
+
+    need = "--save_adapter needs adapters: give --lora_rank"
+    assert refusal(save_adapter=True) == refusal(save_adapter=True, init_from="@") == need
+    need = "--save_adapter needs a base: give --init_from, or let SFT come before DPO"
+    saved = {"save_adapter": True, "lora_rank": 2}
+    assert refusal(**saved, epochs=0) == refusal(**saved, sft_epochs=0) == need
+    for given in (
+        {},
+        {"init_from": "@"},
+        {"init_from": "@", "sft_epochs": 0},
+        {"init_from": "@", "epochs": 0},
+    ):
+        assert refusal(**saved, **given) == ""
+    assert refusal(save_adapter=False) == ""
 
     config = json.loads((start / "config.json").read_text())
     config |= {
