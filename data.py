@@ -78,11 +78,13 @@ class Tokenizer:
         contents = (content for e in examples for content in (e.prompt, *e.responses))
         turns = (t for c in contents for t in (c if is_turns(c) else [{"content": c}]))
         texts = (turn["content"] for turn in turns if isinstance(turn["content"], str))
+        # It leaves out what is over 4,192 bytes: in parts, each without the space it puts before.
+        parts = (p for t in texts for p in re.findall(r"(?s)(.{1,1000}(?= |\Z)|.{1000}) ?", t))
         options = {"vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True}
         options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
         options |= {"hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2}
         options |= {"input_sentence_size": 10**6, "shuffle_input_sentence": True}
-        options |= {"sentence_iterator": iter(texts), "model_writer": (model := io.BytesIO())}
+        options |= {"sentence_iterator": iter(parts), "model_writer": (model := io.BytesIO())}
         try:
             sentencepiece.SentencePieceTrainer.train(**options)
         except RuntimeError as error:
@@ -122,10 +124,10 @@ class Example(NamedTuple):
 
 
 def read_point(out: Path) -> dict:
-    """The state that the run in a directory left last, and its settings. Raises DataError."""
+    """The state that the run there left last, and its settings; {} if none. Raises DataError."""
     path = out / "resume" / "point.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError):
         raise DataError(f"{path}: cannot be read: --save_every leaves a state to resume") from None
 
@@ -151,11 +153,11 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
 
 def plain(where: str, row: dict, kind: str) -> Example | None:
     """A row of texts: prompt, chosen, rejected; or for SFT prompt, response. None: another one."""
-    paired = kind == "preferences" or ("chosen" in row and "response" not in row)
+    paired = kind == "preferences" or "chosen" in row
     names = ("prompt", "chosen", "rejected") if paired else ("prompt", "response")
     contents = [row.get(name) for name in names]
     is_text = lambda content: isinstance(content, str) and not NO_TEXT.search(content)
-    if row.keys() & MORE or not all(map(is_text, contents)):
+    if row.keys() & MORE or {"chosen", "response"} <= row.keys() or not all(map(is_text, contents)):
         return None
     return Example(contents[0], tuple(contents[1:]), where)
 

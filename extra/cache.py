@@ -27,6 +27,8 @@ class KVCache:
         if c.sliding_window and size > c.sliding_window:
             beyond = f"{size} tokens are more than the sliding window of {c.sliding_window}"
             raise CheckpointError(f"{beyond}, and attention with a window is not implemented here")
+        if (largest := max(map(max, prompts))) >= c.vocab_size:
+            raise CheckpointError(f"token id {largest} is beyond the model's vocabulary")
         shape = c.num_hidden_layers, 2, len(prompts), size, c.num_key_value_heads, c.head_dim
         self.model, self.compile, self.size = model, compile, size
         kind = weight.device.type

@@ -69,6 +69,7 @@ def translate(path: Path) -> ModelConfig:
     if given["model_type"] == "mistral":
         given.setdefault("sliding_window", 4096)  # as in transformers; none is null
 
+    given["eos_token_id"] = ends(path, given.get("eos_token_id"))
     shape = {f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None}
     for name in shape.keys() & WHOLE:
         if type(shape[name]) is not int or shape[name] < 1:
@@ -90,6 +91,19 @@ def translate(path: Path) -> ModelConfig:
     if shape["num_attention_heads"] % shape["num_key_value_heads"] or shape["head_dim"] % 2:
         raise CheckpointError(f"{path}: heads must divide by key-value heads, head_dim by two")
     return ModelConfig(**shape)
+
+
+def ends(path: Path, own: int | list | None) -> int | list | None:
+    """The ids that end a text: those of config.json, and what generation_config.json adds to them
+    (Llama 3's has three). Raises CheckpointError."""
+    beside, found = path.parent / "generation_config.json", {}
+    more = read_json(beside).get("eos_token_id") if beside.is_file() else None
+    for file, value in ((path, own), (beside, more)):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in ids):
+            raise CheckpointError(f"{file}: eos_token_id {value!r} is neither an id nor several")
+        found |= dict.fromkeys(ids)
+    return own if len(found) < 2 and own is not None else [*found] or None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -147,7 +161,8 @@ def complete(directory: Path, source: str | Path = "", tokenizer: str | Path = "
     if source:
         saved, given = read_json(directory / "config.json"), read_json(Path(source) / "config.json")
         given.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
-        kind = {key: given[key] for key in ("model_type", "architectures") if key in given}
+        own = ("model_type", "architectures", "eos_token_id")
+        kind = {key: given[key] for key in own if key in given}
         new = directory / "config.new"
         new.write_text(json.dumps(given | saved | kind, indent=2) + "\n", encoding="utf-8")
         new.replace(directory / "config.json")
