@@ -77,14 +77,14 @@ class Tokenizer:
         """Train a byte-fallback BPE tokenizer, lossless as Llama's, and write it to a directory."""
         contents = (content for e in examples for content in (e.prompt, *e.responses))
         turns = (t for c in contents for t in (c if is_turns(c) else [{"content": c}]))
-        texts = (turn["content"] for turn in turns if isinstance(turn["content"], str))
         # It leaves out what is over 4,192 bytes: in parts, each without the space it puts before.
-        parts = (p for t in texts for p in re.findall(r"(?s)(.{1,1000}(?= |\Z)|.{1000}) ?", t))
+        split = re.compile(r"(?s)(.{1,1000}(?= |\Z)|.{1,999}\n|.{1000}) ?").findall
+        texts = (p for t in turns if isinstance(t["content"], str) for p in split(t["content"]))
         options = {"vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True}
         options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
         options |= {"hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2}
         options |= {"input_sentence_size": 10**6, "shuffle_input_sentence": True}
-        options |= {"sentence_iterator": iter(parts), "model_writer": (model := io.BytesIO())}
+        options |= {"sentence_iterator": iter(texts), "model_writer": (model := io.BytesIO())}
         try:
             sentencepiece.SentencePieceTrainer.train(**options)
         except RuntimeError as error:

@@ -143,8 +143,9 @@ def encode_row(row: dict, example: data.Example, tokenizer, limits: list, counts
     `data.fit`; what is not ranked is only cut."""
     if not example.responses:
         raise data.DataError(f"{example.where}: has no response that could be scored")
-    whole, drawn = data.token_ids(example, tokenizer), "candidates" in row
-    ranked = len(example.responses) > 1 and not (drawn and not row.keys() & {"chosen", "responses"})
+    whole = data.token_ids(example, tokenizer)
+    drawn = row.keys() & {"candidates", "chosen", "responses"} == {"candidates"}
+    ranked = len(example.responses) > 1 and not drawn
     if ranked:
         tree = data.fit(whole, *limits, counts)
     else:
@@ -191,7 +192,8 @@ def score(args):
     train.py takes as --data. What is dropped is written with null for its rewards."""
     policy, reference, tokenizer = load_both(args)
     beta, limits = beta_of(args), limits_of(args)
-    rows = [pair for path in args.score.split(",") for pair in data.read_jsonl(path)]
+    paths = filter(None, args.score.split(","))
+    rows = [found for path in paths for found in data.read_jsonl(path)]  # (file:line, row)
     examples = {e.where: e for e in data.read_examples(args.score, "prompts")}
     counts = Counter(examples=len(rows))
     items = [encode_row(row, examples[where], tokenizer, limits, counts) for where, row in rows]
@@ -201,11 +203,13 @@ def score(args):
         raise data.DataError(f"{args.score}: nothing is left to be scored ({told})")
     print(f"{told} in {args.score}")
     trees = [item.tree for item in items]
-    window = policy.config.sliding_window
+    dataset = data.to_dataset(trees, [item.facts for item in items])
+    window, largest = policy.config.sliding_window, dataset.tokens.max()
     longest = max(len(tree[0]) + max(map(len, tree[1:])) for tree in trees)
     if window and longest > window:
         raise data.DataError(f"{longest} tokens are more than the sliding window of {window}")
-    dataset = data.to_dataset(trees, [item.facts for item in items])
+    if largest >= policy.config.vocab_size:
+        raise data.DataError(f"token id {largest} is beyond the model's vocabulary")
     logps, under = (sample.response_logps(model, dataset) for model in (policy, reference))
     ends = np.cumsum([len(tree) - 1 for tree in trees])
     rewards = np.split(beta * (logps - under), ends[:-1])  # Eq. 5, of each tree

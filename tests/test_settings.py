@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -855,7 +856,7 @@ def saves_states(before: Run, after: Run):
         rows = [n for n, kind in after.facets[f"{stage} rows"] if kind == "train"]
         assert rows == [2, 4, 5, 6], "a state begins with no sums"
     point = json.loads((after.out / "resume" / "point.json").read_text())
-    where = {"stage": "dpo", "step": 4, "state": "dpo-4"}
+    where = {"stage": "dpo", "step": 4, "state": "dpo-4", "cwd": os.getcwd()}
     assert point == where | {"settings": after.about["settings"]}
 
 
