@@ -77,8 +77,8 @@ class Tokenizer:
         """Train a byte-fallback BPE tokenizer, lossless as Llama's, and write it to a directory."""
         contents = (content for e in examples for content in (e.prompt, *e.responses))
         turns = (t for c in contents for t in (c if is_turns(c) else [{"content": c}]))
-        # It leaves out what is over 4,192 bytes: in parts, each without the space it puts before.
-        split = re.compile(r"(?s)(.{1,1000}(?= |\Z)|.{1,999}\n|.{1000}) ?").findall
+        # What is over 4,192 bytes would be left out: in parts, of whole words if there are spaces.
+        split = re.compile(r"(?s).{1,1000}(?= |\Z)|.{1,999}\n|.{1000}").findall
         texts = (p for t in turns if isinstance(t["content"], str) for p in split(t["content"]))
         options = {"vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True}
         options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
