@@ -84,7 +84,9 @@ class Tokenizer:
         """Train a byte-fallback BPE tokenizer, lossless as Llama's, and write it to a directory."""
         contents = (content for e in examples for content in (e.prompt, *e.responses))
         turns = (t for c in contents for t in (c if is_turns(c) else [{"content": c}]))
-        texts = (turn["content"] for turn in turns if isinstance(turn["content"], str))
+        # What is over 4,192 bytes would be left out: in parts, of whole words if there are spaces.
+        split = re.compile(r"(?s).{1,1000}(?= |\Z)|.{1,999}\n|.{1000}").findall
+        texts = (p for t in turns if isinstance(t["content"], str) for p in split(t["content"]))
         options = {"vocab_size": vocab_size, "model_type": "bpe", "byte_fallback": True}
         options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
         options |= {"hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2}
@@ -109,9 +111,12 @@ class Tokenizer:
 
 def find_tokenizer(path: str | Path) -> Tokenizer | None:
     """The one there; None for a checkpoint that has none, and takes token ids."""
+    with contextlib.suppress(ImportError):
+        from extra.checkpoints import with_tokenizer
+
+        path = with_tokenizer(path)  # of adapters it is where their base is
     names = (Path(path) / name for name in ("tokenizer.model", "tokenizer.json"))
-    found = not Path(path).is_dir() or any(name.exists() for name in names)
-    return Tokenizer(path) if found else None
+    return Tokenizer(path) if any(name.exists() for name in names) else None
 
 
 class Example(NamedTuple):
@@ -128,10 +133,10 @@ class Example(NamedTuple):
 
 
 def read_point(out: Path) -> dict:
-    """The state that the run in a directory left last, and its settings. Raises DataError."""
+    """The state that the run there left last, and its settings; {} if none. Raises DataError."""
     path = out / "resume" / "point.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError):
         raise DataError(f"{path}: cannot be read: --save_every leaves a state to resume") from None
 
@@ -157,11 +162,11 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
 
 def plain(where: str, row: dict, kind: str) -> Example | None:
     """A row of texts: prompt, chosen, rejected; or for SFT prompt, response. None: another one."""
-    paired = kind == "preferences" or ("chosen" in row and "response" not in row)
+    paired = kind == "preferences" or "chosen" in row
     names = ("prompt", "chosen", "rejected") if paired else ("prompt", "response")
     contents = [row.get(name) for name in names]
     is_text = lambda content: isinstance(content, str) and not NO_TEXT.search(content)
-    if row.keys() & MORE or not all(map(is_text, contents)):
+    if row.keys() & MORE or {"chosen", "response"} <= row.keys() or not all(map(is_text, contents)):
         return None
     return Example(contents[0], tuple(contents[1:]), where)
 

@@ -54,7 +54,7 @@ def generate(
     least one each, of any lengths. eos_id: one id or several. on_token: is called with the B ids of
     every step. compile: each step as one graph. shape: temperature, top_k and top_p of
     `sample_tokens`. Returns the new ids of each, ending in an `eos_id` unless cut off at
-    max_new_tokens. Raises CheckpointError beyond a sliding window."""
+    max_new_tokens. Raises CheckpointError beyond a sliding window or the vocabulary."""
     assert prompts and all(prompts), "at least one prompt, and at least one token in each"
     device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
     generator = torch.Generator(device).manual_seed(seed)
@@ -81,8 +81,7 @@ def run_again(model, sequences: list[list[int]], new: torch.Tensor | None) -> to
     a stream of its own, in which it is a prompt."""
     logits = []
     for i, ids in enumerate(sequences):
-        if new is not None:
-            ids.append(int(new[i]))
+        ids += [] if new is None else [int(new[i])]
         tokens = torch.tensor(ids, device=model.embed_tokens.weight.device)
         positions = torch.arange(len(ids), device=tokens.device)
         logits.append(model(tokens, positions, torch.tensor([[0, 0, 0, len(ids)]]))[-1])
@@ -95,16 +94,17 @@ def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
 
 
 def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options) -> list:
-    """[prompt, response] as ids: one sample for each prompt, text or conversation; see `generate`.
-    In blocks whose cached keys and values stay within 4 GiB, none with the seed of another run."""
-    if tokenizer is None:
-        raise data.DataError("sampling needs a tokenizer.model in the checkpoint")
-    encoded = [data.token_ids(data.Example(p, ()), tokenizer)[0] for p in prompts]
-    stops = {tokenizer.eos_id}
+    """[prompt, response] as ids: a sample of each prompt, text, ids or chat; see `generate`.
+    In blocks whose cached keys and values stay within 4 GiB, none with the seed of another run.
+    Raises DataError for text without a tokenizer."""
+    encoded = [data.token_ids(data.Example(p, (), "a prompt"), tokenizer)[0] for p in prompts]
+    eos = model.config.eos_token_id
+    stops = {eos} if isinstance(eos, int) else {*(eos or ())}
+    stops |= {tokenizer.eos_id} if tokenizer else set()
     if any(map(data.is_turns, prompts)):
         from extra.chat import stop_ids
 
-        stops = stop_ids(tokenizer)
+        stops |= stop_ids(tokenizer)
     c, longest = model.config, max(map(len, encoded)) + max_new_tokens
     per_token = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes, float32
     size, new = min(1000, max(1, 2**32 // (per_token * longest))), []
@@ -133,8 +133,7 @@ def show(prompt, names: list[str], texts: list[str], width: int = 96):
     """Print a prompt and its completions, side by side under their names if there are several."""
     print(f"\n{prompt[-1]['content'] if data.is_turns(prompt) else prompt}")
     if len(texts) == 1:
-        print(texts[0])
-        return
+        return print(texts[0])
     column = width // len(names) - 2
     cells = [textwrap.wrap(f"[{name}]{text}", column) for name, text in zip(names, texts)]
     for row in itertools.zip_longest(*cells, fillvalue=""):
@@ -143,8 +142,7 @@ def show(prompt, names: list[str], texts: list[str], width: int = 96):
 
 def read_prompts(args) -> list:
     """The prompts of --prompt and --prompts, n times each."""
-    found = data.read_examples(args.prompts, "prompts")
-    prompts = args.prompt + [example.prompt for example in found]
+    prompts = args.prompt + [e.prompt for e in data.read_examples(args.prompts, "prompts")]
     return [prompt for prompt in prompts for _ in range(args.best_of or args.n)]
 
 
@@ -154,7 +152,8 @@ def complete(args, options: dict):
     for directory in filter(None, (args.checkpoint, args.compare)):
         model, tokenizer = load(directory)
         trees = draw(model, tokenizer, prompts, **options)
-        columns[directory] = [tokenizer.decode(ids, continuation=True) for _, ids in trees]
+        text = partial(tokenizer.decode, continuation=True) if tokenizer else str
+        columns[directory] = [text(ids) for _, ids in trees]
     for prompt, *texts in zip(prompts, *columns.values()):
         show(prompt, list(columns), texts)
 

@@ -93,7 +93,7 @@ def parse_settings(arguments: list[str]) -> Settings:
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     given, base = vars(parser.parse_known_args(arguments)[0]), {"options": {}}
     if given.get("resume"):
-        base |= data.read_point(Path(given.get("out_dir", Settings.out_dir)))["settings"]
+        base |= data.read_point(Path(given.get("out_dir", Settings.out_dir))).get("settings", {})
     loss = dpo.find_loss((base | given).get("loss", Settings.loss))  # whose options are flags, too
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:
@@ -252,7 +252,7 @@ def save_model(model, tokenizer, directory: Path, run: Run):
         with contextlib.suppress(ImportError):
             from extra.checkpoints import complete  # what other programs want beside it
 
-            complete(directory, s.init_from, s.tokenizer)
+            complete(directory, tokenizer, run)
     for _ in weights:  # the other ranks take part
         pass
     run.wait()
@@ -358,7 +358,7 @@ def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run:
     if run.rank == 0:
         shutil.copy(run.out / "metrics.jsonl", place)
         point = {"stage": stage, "step": step, "state": place.name, "settings": run.config}
-        (place / "point.json").write_text(json.dumps(point), encoding="utf-8")
+        (place / "point.json").write_text(json.dumps(point | {"cwd": os.getcwd()}))
         (place / "point.json").replace(place.parent / "point.json")
         for old in {*place.parent.glob("*-*")} - {place}:
             shutil.rmtree(old)

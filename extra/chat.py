@@ -16,8 +16,6 @@ import itertools
 import json
 import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jinja2.sandbox
@@ -34,6 +32,7 @@ PLAIN_TEMPLATE = (
 )
 GUARD = "\ufdd0"  # never a character of text: it keeps user text from spelling a control token
 OPEN_END = GUARD + GUARD  # and this marks where an answer is to be continued
+CHATS = "conversations"
 SPELT = "with text that spells control tokens, kept text (--rendered reads it as tokens)"
 
 
@@ -204,7 +203,12 @@ class Template:
     def last_answers(self, example: data.Example) -> list[list[Part]]:
         """The layout where the template rewrites earlier turns: everything as rendered for the last
         turn of each response, of which alone something is learnt."""
-        turns, context, heads, answers = self.guard(example.prompt), self.guard(example.context), [], []
+        turns, context, heads, answers = (
+            self.guard(example.prompt),
+            self.guard(example.context),
+            [],
+            [],
+        )
         for response in filter(None, map(self.guard, example.responses)):
             history = [*turns, *response[:-1]]
             begun = self.begin(history, True, example.where, context)

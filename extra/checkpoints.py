@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from extra.chat import PLAIN_TEMPLATE
+from extra.chat import CHATS, PLAIN_TEMPLATE, end_of_turn
 from model import CheckpointError, ModelConfig, read_safetensors
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is a tokenizer
@@ -148,6 +148,7 @@ def translate(path: Path) -> ModelConfig:
         if given.get(key) not in allowed:
             raise CheckpointError(f"{path}: {key} {given.get(key)!r} is not implemented here")
 
+    given["eos_token_id"] = ends(path, given.get("eos_token_id"))
     shape = {f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None}
     for name in shape.keys() & WHOLE:
         if type(shape[name]) is not int or shape[name] < 1:
@@ -175,6 +176,19 @@ def translate(path: Path) -> ModelConfig:
         if not layers and not (type(first) is int and first >= shape["num_hidden_layers"]):
             raise CheckpointError(f"{path}: use_sliding_window True is not implemented here")
     return ModelConfig(**shape)
+
+
+def ends(path: Path, own: int | list | None) -> int | list | None:
+    """The ids that end a text: those of config.json, and what generation_config.json adds to them
+    (Llama 3's has three). Raises CheckpointError."""
+    beside, found = path.parent / "generation_config.json", {}
+    more = read_json(beside).get("eos_token_id") if beside.is_file() else None
+    for file, value in ((path, own), (beside, more)):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in ids):
+            raise CheckpointError(f"{file}: eos_token_id {value!r} is neither an id nor several")
+        found |= dict.fromkeys(ids)
+    return own if len(found) < 2 and own is not None else [*found] or None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -227,34 +241,60 @@ def read_files(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def complete(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
-    """Put beside saved weights what other programs want there.
-
-    source: the checkpoint they come from, or nothing: all else that its config.json says, and its
-    tokenizer's files. tokenizer: where that of a new model was, if it was not trained here.
-    """
+def complete(directory: Path, tokenizer, run):
+    """Put beside saved weights what other programs want there, so that they render, encode and stop
+    as we do: all else that the source's config.json says; the tokenizer's files as they came; the
+    chat template that was used; and the ids that end an answer."""
+    source, given = run.settings.init_from, Path(run.settings.tokenizer)
+    path, kept = directory / "config.json", {}
     if source:
-        path = directory / "config.json"
-        given = read_json(base_of(source) / "config.json")
-        given.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
-        given |= {key: value for key, value in read_json(path).items() if value is not None}
-        new = directory / "config.new"
-        new.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
-        new.replace(path)
-        for name in TOKENIZER_FILES:
+        kept = read_json(base_of(source) / "config.json")
+        kept.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
+        saved = {key: value for key, value in read_json(path).items() if value is not None}
+        ends = {"eos_token_id": kept["eos_token_id"]} if "eos_token_id" in kept else {}
+        write_json(path, kept | saved | ends)
+    for name in TOKENIZER_FILES:
+        beside = given if given.is_dir() else given.parent
+        if source:
             beside = base_of(source) if name == "generation_config.json" else with_tokenizer(source)
-            if not (beside / name).is_file():
-                (directory / name).unlink(missing_ok=True)  # another run's
-            elif beside.resolve() != directory.resolve():
+        if (source or run.settings.tokenizer) and (beside / name).is_file():
+            if beside.resolve() != directory.resolve():
                 shutil.copy(beside / name, directory)
-    elif tokenizer:
-        beside = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-        for name in TOKENIZER_FILES - {"tokenizer.model"}:  # that one is written already
-            if (beside / name).is_file() and beside.resolve() != directory.resolve():
-                shutil.copy(beside / name, directory)
-    if not (directory / "tokenizer_config.json").exists() and not source:
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
-        config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        elif not (tokenizer and name == tokenizer.path.name):
+            (directory / name).unlink(missing_ok=True)  # another run's
+    if tokenizer:
+        complete_tokenizer(directory, tokenizer, not source or has_chats(run))
+
+
+def complete_tokenizer(directory: Path, tokenizer, chats: bool):
+    """The template, if chats were trained and it is our own; a tokenizer_config.json, if there is
+    none; and what ends an answer, if the other files do not say it."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not config:
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+        config |= {"unk_token": "<unk>"} | tokenizer.names
+    if chats and not tokenizer.template:
         config["chat_template"] = PLAIN_TEMPLATE
-        text = json.dumps(config, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    if not path.is_file() or config != read_json(path):
+        write_json(path, config)
+    ends = [tokenizer.eos_id, *([end_of_turn(tokenizer)] if chats else []), *tokenizer.stops]
+    ends = list(dict.fromkeys(ends))
+    path = directory / "generation_config.json"
+    content = read_json(path if path.is_file() else directory / "config.json")
+    if content.get("eos_token_id") not in (ends, ends[0] if len(ends) == 1 else None):
+        content = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_id}
+        write_json(path, content | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+
+
+def has_chats(run) -> bool:
+    """Were there conversations in the data of this run, or of the run that is resumed?"""
+    found = (run.out / "encoded").glob("*/counts.json")
+    return any(CHATS in read_json(path) for path in found)
+
+
+def write_json(path: Path, content: dict):
+    """Beside, and then in its place: never half of it."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.replace(path)

@@ -71,6 +71,7 @@ def prepare(block: list[data.Example], tokenizer, notes: Counter) -> Iterator[da
 
     for example in block:
         if data.is_turns(example.prompt):
+            notes[chat.CHATS] += 1
             chat.check_written(example, tokenizer)
             yield from chat.separate(example, tokenizer)
             continue

@@ -5,9 +5,10 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 
-from data import DataError
+from data import DataError, read_point
 from extra.checkpoints import places_of
 from model import load_config
 
@@ -29,6 +30,7 @@ MAY_CHANGE = {
     "save_every",
     "wandb",
 }  # when resuming
+PATHS = {"data", "eval_data", "sft_data", "init_from", "tokenizer"}
 
 
 def check(s, given: dict, saved: dict):
@@ -37,10 +39,8 @@ def check(s, given: dict, saved: dict):
     s: the Settings. given: what the command line says, options of the loss, too. saved: the
     settings of the run that is resumed, or nothing.
     """
-    for name, value in given.items() if s.resume else ():
-        before = (saved | saved.get("options", {})).get(name, value)
-        if before != value and name not in MAY_CHANGE:
-            raise DataError(f"--resume: {name} is {value!r}, but was {before!r} in this run")
+    if s.resume:
+        check_resumed(Path(s.out_dir), given, saved)
     for name, value in (dataclasses.asdict(s) | s.options).items():
         if name in CHOICES and value not in CHOICES[name]:
             raise DataError(f"--{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
@@ -86,6 +86,29 @@ def check(s, given: dict, saved: dict):
         if window and s.max_length > window:
             beyond = f"--max_length={s.max_length} is beyond the sliding window of {window}"
             raise DataError(f"{beyond}, and attention with a window is not implemented here")
+
+
+def check_resumed(out: Path, given: dict, saved: dict):
+    """Raise DataError where there is nothing to resume, or for a setting that would change. With
+    its data named, a run without a state begins: whoever may be stopped at any time says --resume
+    always."""
+    point = read_point(out)
+    if not point and "data" not in given:
+        path = out / "resume" / "point.json"
+        raise DataError(f"{path}: cannot be read: --save_every leaves a state to resume")
+    if not point and os.environ.get("RANK", "0") == "0":
+        print(f"{out} has no saved state yet: the run starts from the beginning", flush=True)
+    for name, value in given.items():
+        before = (saved | saved.get("options", {})).get(name, value)
+        same = before == value
+        if name in PATHS:  # what was relative is so to where that command ran
+            same = same or files(before, point.get("cwd", "")) == files(value)
+        if not same and name not in MAY_CHANGE:
+            raise DataError(f"--resume: {name} is {value!r}, but was {before!r} in this run")
+
+
+def files(paths: str, where: str = "") -> list[Path]:
+    return [Path(where, path).resolve() for path in paths.split(",") if path]
 
 
 def refuse_ignored(ignored: list[tuple], given: set[str]):

@@ -3,14 +3,17 @@
 The implicit reward of a response is β·log(π(y|x)/π_ref(y|x)) (Rafailov et al., 2305.18290, Eq. 5).
 """
 
-import itertools
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import data
+import dpo
 import sample
 from extra.checkpoints import is_adapter
 
@@ -40,16 +43,29 @@ def load_both(args) -> tuple:
     return policy, reference, tokenizer
 
 
-def beta_of(args) -> float:
-    """--beta, or else what the checkpoint was trained with, or else 0.1."""
+def setting(args, name: str, default, mend: str):
+    """What the checkpoint was trained with, by its run.json; the default where there is none."""
     place = Path(args.checkpoint)  # an adapter's run is where the merged model is
     path = (place.parent if is_adapter(place) else place) / "run.json"
-    if args.beta is not None or not path.is_file():
-        return 0.1 if args.beta is None else args.beta
+    if not path.is_file():
+        return default
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["settings"]["beta"])
+        return type(default)(json.loads(path.read_text(encoding="utf-8"))["settings"][name])
     except (ValueError, LookupError, TypeError):
-        raise data.DataError(f"{path}: no β can be read from it: give --beta") from None
+        raise data.DataError(f"{path}: no {mend}") from None
+
+
+def beta_of(args) -> float:
+    """--beta, or else what the checkpoint was trained with, or else 0.1."""
+    if args.beta is not None:
+        return args.beta
+    return setting(args, "beta", 0.1, "β can be read from it: give --beta")
+
+
+def limits_of(args) -> list[int]:
+    """max_length and max_prompt_length of the checkpoint's run; without one nothing is cut."""
+    names = ("max_length", "max_prompt_length")
+    return [setting(args, name, 2**31, f"{name} can be read from it: mend it") for name in names]
 
 
 def write(path: str, rows: list[dict]):
@@ -114,50 +130,125 @@ def with_ends(tree: list, example: data.Example, tokenizer) -> list[list[int]]:
     return [ids or [end] for ids in tree]
 
 
+class Item(NamedTuple):
+    """A row to be scored, of which something is left."""
+
+    row: dict
+    ranked: bool  # of preferences, best first; else each response stands by itself
+    tree: list  # [prompt, response, …] as ids, as a run cuts them; equal responses are there once
+    places: list[int]  # which of these responses each response of the row is
+    facts: tuple  # weight, label and margin
+
+
+def encode_row(row: dict, example: data.Example, tokenizer, limits: list, counts: Counter):
+    """The row as an Item, or None: preferences are cut, dropped and counted as a run does it, by
+    `data.fit`; what is not ranked is only cut."""
+    if not example.responses:
+        raise data.DataError(f"{example.where}: has no response that could be scored")
+    whole = data.token_ids(example, tokenizer)
+    drawn = row.keys() & {"candidates", "chosen", "responses"} == {"candidates"}
+    ranked = len(example.responses) > 1 and not drawn
+    if ranked:
+        tree = data.fit(whole, *limits, counts)
+    else:
+        whole = with_ends(whole, example, tokenizer)
+        tree = fit_each(whole, limits, counts)
+    if tree is None:
+        return None
+    room = limits[0] - len(tree[0])
+    places = [tree.index(tuple(ids[:room]), 1) - 1 for ids in whole[1:]]
+    return Item(row, ranked, tree, places, (example.weight, example.label, example.margin))
+
+
+def fit_each(whole: list, limits: list, counts: Counter) -> list | None:
+    """A tree of which every response is cut as if it were alone; None if that spoils one."""
+    distinct, found = dict.fromkeys(map(tuple, whole[1:])), Counter()
+    alone = [data.fit([whole[0], ids], *limits, found) for ids in distinct]
+    counts["prompts cut"] += min(1, found.pop("prompts cut", 0))  # they share it
+    counts.update(found)
+    if None in alone:
+        return None
+    return [alone[0][0], *dict.fromkeys(response for _, response in alone)]
+
+
+def evaluate(dataset: data.Dataset, ranked: list[int], logps: np.ndarray, beta: float) -> tuple:
+    """What a run logs under `eval/` of these examples, by the same function, and the standard error
+    of the accuracy. logps: log π of every response of the data set, (responses,)."""
+    sums = []
+    for e in ranked:
+        batch = data.collate(dataset, np.array([e]))
+        own = torch.from_numpy(logps[batch.ids.numpy()]).float()
+        sums.append(dpo.preference_loss(own, batch, loss=dpo.dpo, beta=beta)[1])
+    totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+    averages = dpo.averages(totals, "eval")
+    right, weights = (
+        np.array([float(part[name]) for part in sums]) for name in ("rewards/accuracies", "count")
+    )
+    deviations = right - averages["eval/rewards/accuracies"] * weights
+    return averages, np.linalg.norm(deviations) / max(weights.sum(), 1e-12)
+
+
 def score(args):
-    """Implicit rewards of the responses in a file. Of preferences also their accuracy; candidates
-    are written as a ranking, best first, which train.py takes as --data."""
+    """Implicit rewards of the responses in a file, cut as in the checkpoint's own run. Preferences
+    are evaluated as the run does it; candidates are written as a ranking, best first, which
+    train.py takes as --data. What is dropped is written with null for its rewards."""
     policy, reference, tokenizer = load_both(args)
-    examples = list(data.read_examples(args.score, "prompts"))
-    rows = [row for path in args.score.split(",") for _, row in data.read_jsonl(path)]
-    for example in examples:
-        if not example.responses:
-            raise data.DataError(f"{example.where}: has no response that could be scored")
-    trees = [with_ends(data.token_ids(e, tokenizer), e, tokenizer) for e in examples]
-    most = max(i for tree in trees for ids in tree for i in ids)
-    if most >= policy.config.vocab_size:
-        raise data.DataError(f"token id {most} is beyond the model's vocabulary")
-    window = policy.config.sliding_window
+    beta, limits = beta_of(args), limits_of(args)
+    paths = filter(None, args.score.split(","))
+    rows = [found for path in paths for found in data.read_jsonl(path)]  # (file:line, row)
+    examples = {e.where: e for e in data.read_examples(args.score, "prompts")}
+    counts = Counter(examples=len(rows))
+    items = [encode_row(row, examples[where], tokenizer, limits, counts) for where, row in rows]
+    items = [item for item in items if item]
+    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    if not items:
+        raise data.DataError(f"{args.score}: nothing is left to be scored ({told})")
+    print(f"{told} in {args.score}")
+    trees = [item.tree for item in items]
+    dataset = data.to_dataset(trees, [item.facts for item in items])
+    window, largest = policy.config.sliding_window, dataset.tokens.max()
     longest = max(len(tree[0]) + max(map(len, tree[1:])) for tree in trees)
     if window and longest > window:
         raise data.DataError(f"{longest} tokens are more than the sliding window of {window}")
-    rewards = sample.implicit_rewards(policy, reference, trees, beta_of(args))
-    print(f"{sum(map(len, rewards)):,} responses, mean reward {np.concatenate(rewards).mean():.4f}")
-    ranked = [r for r, row in zip(rewards, rows) if "candidates" not in row and len(r) > 1]
+    if largest >= policy.config.vocab_size:
+        raise data.DataError(f"token id {largest} is beyond the model's vocabulary")
+    logps, under = (sample.response_logps(model, dataset) for model in (policy, reference))
+    ends = np.cumsum([len(tree) - 1 for tree in trees])
+    rewards = np.split(beta * (logps - under), ends[:-1])  # Eq. 5, of each tree
+    each = [scores[item.places] for item, scores in zip(items, rewards)]  # of each row
+    print(f"{sum(map(len, each)):,} responses, mean reward {np.concatenate(each).mean():.4f}")
+    ranked = [e for e, item in enumerate(items) if item.ranked]
     if ranked:
-        wins = lambda r: np.mean([a > b for a, b in itertools.combinations(r, 2)])
-        right = np.array(list(map(wins, ranked)))
-        error = right.std() / len(right) ** 0.5
-        margin = np.mean([r[0] - r[-1] for r in ranked])
-        print(
-            f"accuracy {right.mean():.1%} ± {error:.1%} of {len(right):,}, mean margin {margin:.4f}"
-        )
-    if len(ranked) > 1 and all(len(r) == 2 for r in ranked):
-        show_length_correlation(trees, rows, ranked)
-    for row, scores in zip(rows, rewards):
-        if "candidates" in row:
-            order, drawn = np.argsort(-scores), row.pop("candidates")
-            row["responses"], scores = [drawn[i] for i in order], scores[order]
-        row["rewards"] = scores.tolist()
+        show_evaluation(*evaluate(replace(dataset, reference=under), ranked, logps, beta), ranked)
+    if len(ranked) > 1 and all(len(trees[e]) == 3 for e in ranked):
+        show_length_correlation([trees[e] for e in ranked], [rewards[e] for e in ranked])
+    for _, row in rows:
+        row["rewards"] = None
+    for item, scores in zip(items, each):
+        if not item.ranked and "candidates" in item.row:
+            order, drawn = np.argsort(-scores, kind="stable"), item.row.pop("candidates")
+            item.row["responses"], scores = [drawn[i] for i in order], scores[order]
+        item.row["rewards"] = scores.tolist()
     if args.out:
-        write(args.out, rows)
+        write(args.out, [row for _, row in rows])
+    if args.out and len(items) < len(rows):
+        print(f"{len(rows) - len(items):,} of them were dropped, and have null for rewards")
 
 
-def show_length_correlation(trees: list, rows: list[dict], ranked: list[np.ndarray]):
+def show_evaluation(averages: dict, error: float, ranked: list[int]):
+    """In the words of `eval/`, but for its loss."""
+    mean = {name.removeprefix("eval/"): value for name, value in averages.items()}
+    share = f"accuracy {mean['rewards/accuracies']:.2%} ± {error:.2%} of {len(ranked):,}"
+    print(f"{share}, ties {mean['rewards/ties']:.2%}, mean margin {mean['rewards/margins']:.4f}")
+    for name in ("chosen", "rejected"):
+        reward, logp = mean[f"rewards/{name}"], mean[f"logps/{name}"]
+        print(f"{name}: mean reward {reward:.4f}, mean log-prob {logp:.4f}")
+
+
+def show_length_correlation(trees: list, rewards: list[np.ndarray]):
     """Pearson's, of margins and differences of lengths: is the reward bought by length?"""
-    pairs = [tree for tree, row in zip(trees, rows) if "candidates" not in row and len(tree) == 3]
-    longer = np.array([len(chosen) - len(rejected) for _, chosen, rejected in pairs])
-    margins = np.array([chosen - rejected for chosen, rejected in ranked])
+    longer = np.array([len(chosen) - len(rejected) for _, chosen, rejected in trees])
+    margins = np.array([chosen - rejected for chosen, rejected in rewards])
     if longer.std() > 0 and margins.std() > 0:
         correlation = np.corrcoef(margins, longer)[0, 1]
         print(f"correlation of margin and difference of lengths {correlation:.2f}")

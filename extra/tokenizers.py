@@ -46,16 +46,29 @@ class Described(data.Tokenizer):
         try:
             config = json.loads(self.beside("tokenizer_config.json") or "{}")
             special = json.loads(self.beside("special_tokens_map.json") or "{}") | config
-            texts = {n: t["content"] if isinstance(t, dict) else t for n, t in special.items() if n in NAMED}
+            texts = {
+                n: t["content"] if isinstance(t, dict) else t
+                for n, t in special.items()
+                if n in NAMED
+            }
             self.names = {name: text for name, text in texts.items() if text}
             template = self.beside("chat_template.jinja") or config.get("chat_template")
             if isinstance(template, list):  # several, by name
                 template = {t["name"]: t["template"] for t in template}.get("default")
             self.template = template
             stops = json.loads(self.beside("generation_config.json") or "{}").get("eos_token_id")
-            self.stops = list(map(int, stops if isinstance(stops, list) else [stops] * (stops is not None)))
+            self.stops = list(
+                map(int, stops if isinstance(stops, list) else [stops] * (stops is not None))
+            )
             self.find_tokens(config)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OSError,
+        ) as error:
             what = f"{self.path.parent}: its tokenizer files are not valid"
             raise data.DataError(f"{what} ({' '.join(str(error).split())[:200]})") from None
         self.control_ids = set(self.control.values())
@@ -237,14 +250,20 @@ def without_space(spec: dict, place: str) -> dict:
     parts = {name: copy.deepcopy(spec[name]) for name in ("normalizer", "pre_tokenizer", "decoder")}
     lists = ("normalizers", "pretokenizers", "decoders")
     for part, inner in zip(parts, lists):
-        steps = [parts[part]] if (parts[part] or {}).get("type") != "Sequence" else parts[part][inner]
+        steps = (
+            [parts[part]] if (parts[part] or {}).get("type") != "Sequence" else parts[part][inner]
+        )
         kept = []
         for step in filter(None, steps):
-            if step["type"] == "Metaspace" and (place == "inside" or step["prepend_scheme"] == "first"):
+            if step["type"] == "Metaspace" and (
+                place == "inside" or step["prepend_scheme"] == "first"
+            ):
                 step["prepend_scheme"] = "never"
             if place == "inside" and step["type"] == "ByteLevel":
                 step["add_prefix_space"] = False
-            puts_or_takes = step["type"] == "Prepend" or (step["type"] == "Strip" and part == "decoder")
+            puts_or_takes = step["type"] == "Prepend" or (
+                step["type"] == "Strip" and part == "decoder"
+            )
             if place == "after" or not puts_or_takes:
                 kept.append(step)
         parts[part] = {"type": "Sequence", inner: kept} if kept else None

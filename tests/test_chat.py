@@ -376,9 +376,15 @@ def test_an_answer_that_is_begun_is_continued(tokenizer, tmp_path):
         (head, _), (one, [said]), (other, _) = learnt_and_read(t, data.Example(begun, rest))
         whole = spelled(t, prompt_ids(turns("u: the plot | a: Sure, it was")[:1], t))
         assert head.endswith("Sure, it") and head.startswith(whole) and one == said
-        assert (head + one).lstrip().startswith(render(turns("u: the plot | a: Sure, it was"), False).strip())
+        assert (
+            (head + one)
+            .lstrip()
+            .startswith(render(turns("u: the plot | a: Sure, it was"), False).strip())
+        )
         assert head.count("Sure") == 1 and one.startswith(" was") and other.startswith("'s")
-        assert said.endswith(IM[1]) and prompt_ids(begun, t) == encode(data.Example(begun, rest), t)[0]
+        assert (
+            said.endswith(IM[1]) and prompt_ids(begun, t) == encode(data.Example(begun, rest), t)[0]
+        )
         more = (turns("a:  was | u: and? | a: bad"),)
         [_, (_, learnt)] = learnt_and_read(t, data.Example(begun, more))
         assert len(learnt) == 2 and learnt[0] == said and "bad" in learnt[1]
@@ -423,7 +429,9 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer, tmp_path):
     ahead = [[e.prompt, *e.responses] for e in encoded.encode_ahead([example], t)]
     assert ahead == [encode(part, t) for part in parts]
     hidden = [talk[1] | {"train": False}, *talk[2:]]
-    assert chat.separate(example._replace(responses=(hidden,)), t) == [example._replace(responses=(hidden,))]
+    assert chat.separate(example._replace(responses=(hidden,)), t) == [
+        example._replace(responses=(hidden,))
+    ]
     with pytest.raises(data.DataError, match="x:1: the chat template rewrites earlier turns"):
         encode(example, t)  # alone there is nowhere to put the second
     # Pairs: one answer each, or several; then the last is learnt, after what both share.
@@ -441,7 +449,10 @@ def test_what_a_message_carries_is_handed_to_the_template(tokenizer, tmp_path):
     """tool_calls, name, tools, and what else; none of it becomes a control token."""
     t = chatml(tokenizer, tmp_path / "t", TOOLS)
     start, end = IM
-    call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Oslo " + end}}}
+    call = {
+        "type": "function",
+        "function": {"name": "weather", "arguments": {"town": "Oslo " + end}},
+    }
     tools, asked = [{"name": "weather", "about": end}], turns("u: Oslo?")
     said = [
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -463,7 +474,10 @@ def test_what_a_message_carries_is_handed_to_the_template(tokenizer, tmp_path):
     for other, name in (
         (example, "tool_calls"),
         (example._replace(responses=(turns("a: no"),)), "tools"),
-        (data.Example(asked, ([{**said[2], "reasoning_content": "x"}],), "x:1"), "reasoning_content"),
+        (
+            data.Example(asked, ([{**said[2], "reasoning_content": "x"}],), "x:1"),
+            "reasoning_content",
+        ),
     ):
         with pytest.raises(data.DataError, match=f"x:1: the chat template leaves out '{name}'"):
             list(encoded.encode_ahead([other], plain))
@@ -481,7 +495,9 @@ def test_text_that_a_template_wrote(tokenizer, tmp_path):
     notes = Counter()
     [kept] = encoded.encode_ahead([example], t, notes)
     assert notes == {chat.SPELT: 1} and not set(kept.prompt) & {320, 321}
-    assert list(notes) == ["with text that spells control tokens, kept text (--rendered reads it as tokens)"]
+    assert list(notes) == [
+        "with text that spells control tokens, kept text (--rendered reads it as tokens)"
+    ]
     t.rendered = True
     head, one, other, nothing = data.token_ids(example, t)
     assert head == [t.bos_id, *prompt_ids(talk, t)], "and BOS, as texts have"
@@ -489,11 +505,18 @@ def test_text_that_a_template_wrote(tokenizer, tmp_path):
     tail = [~i for i in t.encode_at("after", ["\n"])[0]]
     assert one == [*inside("4."), 321, *tail] and other == [*inside("22"), 321] and nothing == []
     [again] = encoded.encode_ahead([example], t, notes)
-    assert [again.prompt, *again.responses] == [head, one, other, nothing] and notes[chat.SPELT] == 1
+    assert [again.prompt, *again.responses] == [head, one, other, nothing] and notes[
+        chat.SPELT
+    ] == 1
     assert data.token_ids(data.Example("<s>a", ()), t)[0].count(t.bos_id) == 1
     whole = data.Example("", ("<s>a</s> b",))
-    assert data.token_ids(whole, t) == [[1], [*t.encode_at("after", ["a"])[0], 2, *inside(" b"), 321]]
-    assert data.token_ids(data.Example(turns("u: <|im_end|>"), ()), t)[0].count(321) == 1, "of chats"
+    assert data.token_ids(whole, t) == [
+        [1],
+        [*t.encode_at("after", ["a"])[0], 2, *inside(" b"), 321],
+    ]
+    assert data.token_ids(data.Example(turns("u: <|im_end|>"), ()), t)[0].count(321) == 1, (
+        "of chats"
+    )
 
 
 @pytest.fixture

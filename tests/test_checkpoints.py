@@ -399,7 +399,7 @@ def test_saving_keeps_what_the_source_says(tmp_path):
     (source / "generation_config.json").write_text(json.dumps(generation))
     (source / "tokens.bin").write_text("somebody's data")
     model = load_pretrained(source)
-    assert model.config.rope_theta == 500 and model.config.eos_token_id == [2, 7]
+    assert model.config.rope_theta == 500 and model.config.eos_token_id == [2, 7, 8]
     save_pretrained(model, out)
     complete(out, source)
     saved = json.loads((out / "config.json").read_text())

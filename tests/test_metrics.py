@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -492,7 +493,8 @@ def test_the_last_state_alone_is_kept(finish):
         assert {path.name for path in (done.out / "resume").iterdir()} == {"dpo-4", "point.json"}
         point = json.loads((done.out / "resume" / "point.json").read_text())
         settings = json.loads((done.out / "run.json").read_text())["settings"]
-        assert point == {"stage": "dpo", "step": 4, "state": "dpo-4", "settings": settings}
+        where = {"state": "dpo-4", "cwd": os.getcwd()}
+        assert point == {"stage": "dpo", "step": 4, "settings": settings} | where
         kept_rows = read_metrics(done.out / "resume" / "dpo-4")
         rows = read_metrics(done.out)
         assert kept_rows == rows[: len(kept_rows)] and rows[len(kept_rows)]["step"] > 4

@@ -79,7 +79,7 @@ def test_unusable_checkpoints_and_files_are_one_sentence(checkpoints, tmp_path):
     save_pretrained(make_model(SHAPES["tied"]).float(), tmp_path)
     for arguments, message in (
         ([tmp_path / "none", "--prompt=x"], "config.json: not found"),
-        ([tmp_path, "--prompt=x"], "sampling needs a tokenizer.model"),
+        ([tmp_path, "--prompt=x"], "a prompt: text needs a tokenizer.model; else give token ids"),
         (
             [checkpoints[0], "--score=x", "--compare", tmp_path],
             "has another tokenizer or vocabulary",

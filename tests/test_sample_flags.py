@@ -125,11 +125,11 @@ CASES = {  # flags without it, with it, and what is another then
     "chat": ("policy --prompt=film", "policy --chat", {"prompts": [CHAT], "told": [True], "printed": ANY}),
     "system": ("policy --chat", "policy --chat --system=Be.", {"prompts": [["Be." + CHAT[0]]]}),
     "compare": ("policy --prompt=film", TWO, {"loaded": ["policy", "reference"], "by": ["policy", "reference"], "prompts": [FIRST, FIRST], "printed": ANY}),
-    "score": (f"{TWO} --best_of=2", SCORE, {"by": [], "prompts": [], "scored": [3], "printed": ANY}),
-    "best_of": (TWO, f"{TWO} --best_of=3", {"by": ["policy"], "prompts": [FIRST * 3], "rewards": [("policy", "reference", 0.1)], "scored": [2] * 3, "printed": ANY}),
+    "score": (f"{TWO} --best_of=2", SCORE, {"by": [], "prompts": [], "scored": ["policy", 3, "reference", 3], "printed": ANY}),
+    "best_of": (TWO, f"{TWO} --best_of=3", {"by": ["policy"], "prompts": [FIRST * 3], "scored": ["policy", 2, 2, 2, "reference", 2, 2, 2], "printed": ANY}),
     "kl": (TWO, f"{TWO} --kl", {"by": ["policy"], "prompts": [FIRST], "kl": [("policy", "reference")], "printed": ANY}),
     "out": ("policy --prompt=film", "policy --prompt=film --out={out}", {"written": ANY, "printed": ANY}),
-    "beta": (SCORE, f"{SCORE} --beta=0.3", {"rewards": [("policy", "reference", 0.3)], "printed": ANY}),
+    "beta": (SCORE, f"{SCORE} --beta=0.3", {"printed": ANY}),
     "n": ("policy --prompt=film --prompt=hotel", "policy --prompt=film --prompt=hotel --n=2", {"prompts": [["film", "film", "hotel", "hotel"]], "printed": ANY}),
     "max_new_tokens": ("policy --prompt=film", "policy --prompt=film --max_new_tokens=7", {"max_new_tokens": [7]}),
     "temperature": ("policy --prompt=film", "policy --prompt=film --temperature=0.5", {"temperature": [0.5]}),
@@ -171,9 +171,9 @@ def observe(run, place, tokenizer, tmp_path, monkeypatch):
 
     def look(flags: str) -> dict:
         seen = {key: [] for key in ("loaded", "by", "prompts", "stops", "seed", "told", *SAMPLER)}
-        seen |= {"rewards": [], "scored": [], "kl": []}
+        seen |= {"scored": [], "kl": []}
         names, out = {}, tmp_path / "out.jsonl"
-        load, rewards, divergence = sample.load, sample.implicit_rewards, reward.measure_kl
+        load, logps, divergence = sample.load, sample.response_logps, reward.measure_kl
 
         def spy_load(directory):
             model, found = load(directory)
@@ -193,10 +193,9 @@ def observe(run, place, tokenizer, tmp_path, monkeypatch):
             encoded = [tokenizer.encode(text, continuation=True) for text in texts]
             return [[*ids, tokenizer.eos_id] for ids in encoded]
 
-        def spy_rewards(policy, reference, trees, beta):
-            seen["rewards"].append((names[policy], names[reference], beta))
-            seen["scored"] += map(len, trees)
-            return rewards(policy, reference, trees, beta)
+        def spy_logps(model, dataset):
+            seen["scored"] += [names[model], *np.diff(dataset.trees).tolist()]
+            return logps(model, dataset)
 
         def spy_divergence(policy, reference, trees):
             seen["kl"].append((names[policy], names[reference]))
@@ -205,7 +204,7 @@ def observe(run, place, tokenizer, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sample, "load", spy_load)
             patch.setattr(sample, "generate", spy_generate)
-            patch.setattr(sample, "implicit_rewards", spy_rewards)
+            patch.setattr(sample, "response_logps", spy_logps)
             patch.setattr(reward, "measure_kl", spy_divergence)
             type_in(patch, ["hello"])
             seen["printed"] = run(*flags.format(out=out).split())
@@ -698,18 +697,21 @@ def numbers(printed: str) -> list[float]:
 
 
 def test_scores_of_rows_of_all_kinds(run, place, tokenizer, tmp_path):
-    """Two files of pairs, rankings, candidates and a demonstration: what is printed, and the rows
-    as they are written."""
+    """Two files of pairs, rankings, candidates and a demonstration: what is printed, by the
+    examples' weights as in training, and the rows as they are written."""
     rng = np.random.default_rng(1)
     text = lambda: random_text(rng, 1, 7)
     rankings = [{"prompt": "A", "responses": [text(), text(), text()]} for _ in range(4)]
+    rankings[1]["weight"], both = 2.5, {"response": "x", "candidates": ["y"], "soft_label": 0.75}
     candidates = [{"prompt": "A", "candidates": [text() for _ in range(n)]} for n in (2, 4, 1)]
     answers = {"prompt": SAID, "chosen": "4", "rejected": "5 or so", "why": {"Ü": 1}}
     longer = {"prompt": SAID, "chosen": turns("a: 4 | u: why? | a: so"), "rejected": turns("a: 5")}
     ids = {"prompt": [5, 6], "chosen": [7, 8, 2], "rejected": [9, 2]}
     alone = {"prompt": "A", "response": text(), "rewards": "old"}
     several = {"responses": rankings[-1]["responses"][:2], "prompt": "The"}
-    first = [*random_pairs(rng, 6), candidates[0], answers, rankings[0]]
+    pairs = random_pairs(rng, 6)
+    pairs[2]["weight"], pairs[4]["weight"] = 0.25, 0
+    first = [*pairs[:5], pairs[5] | both, candidates[0], answers, rankings[0]]
     second = [alone, ids, longer, candidates[1], *rankings[1:], several, candidates[2]]
     files = [write_jsonl(tmp_path / "1.jsonl", first), write_jsonl(tmp_path / "2.jsonl", second)]
     out = tmp_path / "scored.jsonl"
@@ -717,32 +719,50 @@ def test_scores_of_rows_of_all_kinds(run, place, tokenizer, tmp_path):
     printed = run("policy", *flags)
     wrote = f"wrote {len(first + second)} lines to {out}\n"
     assert run("policy", *flags, f"--out={out}") == printed + wrote, "and a file, if asked for"
+    found, printed = printed.split("\n", 1)
+    assert found == f"{len(first + second)} examples in {','.join(files)}", "nothing was cut"
 
     rows, models = first + second, both_models(place)
     trees = trees_of(",".join(files), tokenizer)
     rewards = [plain_rewards(models, tree, 0.3) for tree in trees]
     flat = [r for several in rewards for r in several]
-    ranked = [r for r, row in zip(rewards, rows) if "candidates" not in row and len(r) > 1]
-    shares = []
-    for r in ranked:
-        wins = [r[i] > r[j] for i in range(len(r)) for j in range(i + 1, len(r))]
-        shares.append(sum(wins) / len(wins))
-    accuracy = sum(shares) / len(shares)
-    spread = math.sqrt(sum((share - accuracy) ** 2 for share in shares) / len(shares))
-    margin = sum(r[0] - r[-1] for r in ranked) / len(ranked)
-    lines = r"(\d+) responses, mean reward (\S+)\naccuracy (\S+)% ± (\S+)% of (\d+), mean margin (\S+)\n"
-    counted, mean, share, error, of, difference = re.fullmatch(lines, printed).groups()
+    logps = [[plain_logp(models[0], tree[0], y) for y in tree[1:]] for tree in trees]
+    shares, weights, margins, chosen, rejected, likely, unlikely = ([] for _ in range(7))
+    for row, r, logp in zip(rows, rewards, logps):
+        if "chosen" in row or "responses" in row:
+            several = [(i, j) for i in range(len(r)) for j in range(i + 1, len(r))]
+            mean = lambda values: sum(values) / len(several)
+            shares.append(mean([r[i] > r[j] for i, j in several]))
+            margins.append(mean([r[i] - r[j] for i, j in several]))
+            chosen.append(mean([r[i] for i, _ in several]))
+            rejected.append(mean([r[j] for _, j in several]))
+            likely.append(mean([logp[i] for i, _ in several]))
+            unlikely.append(mean([logp[j] for _, j in several]))
+            weights.append(row.get("weight", 1))
+    average = lambda values: sum(w * x for w, x in zip(weights, values)) / sum(weights)
+    accuracy = average(shares)
+    spread = math.sqrt(sum(w**2 * (x - accuracy) ** 2 for w, x in zip(weights, shares)))
+    assert accuracy != sum(shares) / len(shares)
+    lines = (
+        r"(\d+) responses, mean reward (\S+)\n"
+        r"accuracy (\S+)% ± (\S+)% of (\d+), ties 0.00%, mean margin (\S+)\n"
+        r"chosen: mean reward (\S+), mean log-prob (\S+)\n"
+        r"rejected: mean reward (\S+), mean log-prob (\S+)\n"
+    )
+    counted, mean, share, error, of, *others = re.fullmatch(lines, printed).groups()
     assert (int(counted), int(of)) == (len(flat), 14) == (40, 14)
     assert float(mean) == near(sum(flat) / len(flat))
-    assert float(share) == near(100 * accuracy, 1) and 20 < float(share) < 80
-    assert float(error) == near(100 * spread / math.sqrt(14), 1)
-    assert float(difference) == near(margin) and abs(margin) > 0.1
-    assert {*map(len, (mean.split(".")[1], difference.split(".")[1]))} == {4}
+    assert float(share) == near(100 * accuracy, 2) and 20 < float(share) < 80
+    assert float(error) == near(100 * spread / sum(weights), 2)
+    expected = [average(x) for x in (margins, chosen, likely, rejected, unlikely)]
+    assert [float(number) for number in others] == [near(x) for x in expected]
+    assert abs(expected[0]) > 0.1
+    assert {len(number.split(".")[1]) for number in (mean, *others)} == {4}
 
     written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert '"Ü"' in out.read_text(encoding="utf-8"), "readable"
     for row, new, r in zip(rows, written, rewards):
-        if "candidates" in row:
+        if "candidates" in row and "chosen" not in row:
             order = sorted(range(len(r)), key=lambda i: -r[i])
             best_first = [row["candidates"][i] for i in order]
             row = {"prompt": row["prompt"], "responses": best_first}
@@ -783,8 +803,8 @@ def test_margins_and_lengths_of_pairs(run, place, tokenizer, tmp_path):
     last = printed.splitlines()[-1]
     found = re.fullmatch(r"correlation of margin and difference of lengths (-?\d\.\d\d)", last)
     assert float(found[1]) == pytest.approx(expected, abs=0.006) and 0.1 < abs(expected) < 0.97
-    counted = f"accuracy {sum(m > 0 for m in margins) / 12:.1%}"
-    assert printed.startswith("27 responses") and counted in printed and "of 12," in printed
+    counted = f"accuracy {sum(m > 0 for m in margins) / 12:.2%}"
+    assert "\n27 responses" in printed and counted in printed and "of 12," in printed
     assert "correlation" not in score(rows[:2])
     assert "correlation" not in score([*rows, {"prompt": "A", "responses": [" a", " b", " c"]}])
     assert "accuracy" not in score(between)
@@ -796,16 +816,19 @@ def test_ties_are_no_wins(run, tmp_path):
     """With β = 0 all rewards are equal."""
     path = write_jsonl(tmp_path / "x.jsonl", random_pairs(np.random.default_rng(3), 4))
     printed = run("policy", "--compare=reference", "--score", path, "--beta=0")
-    expected = "8 responses, mean reward 0.0000\n"
-    assert printed == expected + "accuracy 0.0% ± 0.0% of 4, mean margin 0.0000\n"
+    assert "\n8 responses, mean reward 0.0000\n" in printed
+    share = "accuracy 0.00% ± 0.00% of 4, ties 100.00%, mean margin 0.0000"
+    assert share in printed and "mean reward 0.0000, mean log-prob -" in printed
+    same = run("policy", "--compare=policy", "--score", path, "--beta=9")
+    assert share in same, "they agree to the last bit"
 
 
 def test_who_says_nothing_is_scored_by_the_end(run, place, tokenizer, tmp_path):
     """A sample that ends at once is an empty text; its reward is that of the id that ends it."""
     rows = [
         {"prompt": "A", "candidates": [" film", "", " bad hotel"]},
-        {"prompt": SAID, "chosen": "", "rejected": "4"},
-        {"prompt": "The", "chosen": " plot", "rejected": ""},
+        {"prompt": SAID, "candidates": ["", "4"]},
+        {"prompt": "The", "response": ""},
     ]
     path, out = write_jsonl(tmp_path / "x.jsonl", rows), tmp_path / "out.jsonl"
     run("policy", "--compare=reference", "--score", path, "--beta=0.3", "--out", out)
@@ -826,10 +849,11 @@ def test_beta_is_given_or_of_the_checkpoint_or_a_tenth(run, place, tokenizer, tm
     for model, directory in zip(models, checkpoints):
         save_pretrained(model, directory)
         save_tokenizer(tokenizer, directory)
-    settings = lambda beta: json.dumps({"settings": {"beta": beta, "out_dir": "x"}})
+    sizes = {"max_length": 512, "max_prompt_length": 256, "out_dir": "x"}
+    settings = lambda beta: json.dumps({"settings": sizes | {"beta": beta}})
     flags = [checkpoints[0], "--compare", checkpoints[1], "--score", path]
     plain = [r for tree in trees_of(path, tokenizer) for r in plain_rewards(models, tree, 1.0)]
-    mean = lambda *more: numbers(run(*flags, *more))[1]
+    mean = lambda *more: numbers(run(*flags, *more).split("\n")[1])[1]
     (checkpoints[1] / "run.json").write_text(settings(0.7))
     assert mean() == near(0.1 * np.mean(plain))
     (checkpoints[0] / "run.json").write_text(settings(0.25))
@@ -891,8 +915,8 @@ def test_a_reference_has_the_same_tokenizer(run, place, tokenizer, tmp_path, cap
         save_pretrained(make_model(replace(config, vocab_size=size)), tmp_path / name)
     data.Tokenizer.train(examples, tmp_path / "other", 300)
     scores = lambda *names: run(names[0], f"--compare={names[1]}", "--score", path)
-    assert scores("policy", tmp_path / "none").startswith("1 responses")
-    assert scores(tmp_path / "none", "policy").startswith("1 responses")
+    assert "\n1 responses" in scores("policy", tmp_path / "none")
+    assert "\n1 responses" in scores(tmp_path / "none", "policy")
     for pair in (["policy", tmp_path / "other"], [tmp_path / "none", tmp_path / "fewer"]):
         with pytest.raises(SystemExit):
             scores(*pair)
@@ -910,7 +934,7 @@ def test_nothing_beyond_the_window_is_scored(run, tmp_path, capsys):
     flags = [tmp_path / "m", "--compare", tmp_path / "m", "--score"]
     row = {"prompt": [5] * 4, "chosen": [6, 2], "rejected": [7] * 6}
     short = {"prompt": [5] * 5, "chosen": [6, 2], "rejected": [7] * 3}
-    assert run(*flags, write_jsonl(tmp_path / "x.jsonl", [row, short])).startswith("4 responses")
+    assert "\n4 responses" in run(*flags, write_jsonl(tmp_path / "x.jsonl", [row, short]))
     row["rejected"].append(8)
     with pytest.raises(SystemExit):
         run(*flags, write_jsonl(tmp_path / "x.jsonl", [row, short]))

@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -775,7 +776,10 @@ def reads_tokens(before: Run, after: Run):
     hint = "10 with text that spells control tokens, kept text (--rendered reads it as tokens)"
     for run, hints in ((before, 2), (after, 0)):
         assert sum(hint in line for line in run.printed) == hints, "of both stages"
-    eos, fed = after.tokenizer.eos_id, [sum(run.steps["dpo"][0].batches, []) for run in (before, after)]
+    eos, fed = (
+        after.tokenizer.eos_id,
+        [sum(run.steps["dpo"][0].batches, []) for run in (before, after)],
+    )
     assert [{tree[0].count(eos) for tree in trees} for trees in fed] == [{0}, {1}]
 
 
@@ -903,7 +907,7 @@ def saves_states(before: Run, after: Run):
         rows = [n for n, kind in after.facets[f"{stage} rows"] if kind == "train"]
         assert rows == [2, 4, 5, 6], "a state begins with no sums"
     point = json.loads((after.out / "resume" / "point.json").read_text())
-    where = {"stage": "dpo", "step": 4, "state": "dpo-4"}
+    where = {"stage": "dpo", "step": 4, "state": "dpo-4", "cwd": os.getcwd()}
     assert point == where | {"settings": after.about["settings"]}
 
 

@@ -86,7 +86,16 @@ def make_json(directory, kind: str, template: str = CHATML, **config) -> str:
     first, second = ([{"Sequence": {"id": x, "type_id": n}}] for n, x in enumerate("AB"))
     bos = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
     post = {"type": "TemplateProcessing", "single": bos + first, "pair": bos + first + second}
-    spec = {"version": "1.0", "truncation": {"max_length": 6, "stride": 0, "direction": "Right", "strategy": "LongestFirst"}, "padding": None}
+    spec = {
+        "version": "1.0",
+        "truncation": {
+            "max_length": 6,
+            "stride": 0,
+            "direction": "Right",
+            "strategy": "LongestFirst",
+        },
+        "padding": None,
+    }
     spec |= {"added_tokens": tokens, "normalizer": normalizer, "pre_tokenizer": split}
     spec |= {"post_processor": post | {"special_tokens": ids} if begins else None}
     spec |= {"decoder": decoder, "model": model}
@@ -104,7 +113,11 @@ def theirs(directory: str):
     from transformers import PreTrainedTokenizerFast
 
     config = json.loads(open(f"{directory}/tokenizer_config.json").read())
-    names = {n: t["content"] if isinstance(t, dict) else t for n, t in config.items() if n in ("bos_token", "eos_token")}
+    names = {
+        n: t["content"] if isinstance(t, dict) else t
+        for n, t in config.items()
+        if n in ("bos_token", "eos_token")
+    }
     t = PreTrainedTokenizerFast(tokenizer_file=f"{directory}/tokenizer.json", **names)
     t.chat_template = config["chat_template"]
     return t
@@ -283,7 +296,12 @@ def test_the_space_is_put_where_the_file_puts_it():
 
 # SentencePiece models with files beside them
 
-ADDED = {"320": ("<|im_end|>", True), "321": ("<|im_start|>", True), "322": ("<tool>", False), "323": ("</tool>", False)}
+ADDED = {
+    "320": ("<|im_end|>", True),
+    "321": ("<|im_start|>", True),
+    "322": ("<tool>", False),
+    "323": ("</tool>", False),
+}
 
 
 def beside(tokenizer, directory, **config) -> ModelTokenizer:
