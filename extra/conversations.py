@@ -26,7 +26,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 # What only describes a message; every other field of it is kept, and told apart.
 METADATA = {"id", "message_id", "parent_id", "turn_identifier", "timestamp", "created_at", "model"}
 METADATA |= {"score", "rating", "num_tokens", "token_count", "language", "toxic", "redacted"}
-SAID = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "train"}
+SAID = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content"}
 
 
 def check(name: str, content, kind=CONTENT):
@@ -100,7 +100,7 @@ def turn_of(name: str, message: dict) -> dict:
         raise DataError(f"field '{name}' must hold token ids, or messages of role and content")
     if role.lower() not in ROLE_OF:
         known = ", ".join(ROLE_OF)
-        raise DataError(f"field '{name}' has a message of role '{role}': known are {known}")
+        raise DataError(f"field '{name}' has a message of role '{short(role)}': known are {known}")
     turn = {"role": ROLE_OF[role.lower()], "content": text_of(name, content, rest)}
     if "function_call" in rest:  # as OpenAI wrote a single one once
         rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
@@ -117,14 +117,19 @@ def text_of(name: str, content, rest: dict) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
+    if content is None:
         raise DataError(f"field '{name}' must hold token ids, or messages of role and content")
+    if not isinstance(content, list):
+        found = type(content).__name__
+        raise DataError(f"field '{name}' has a message whose content is {found}, not text")
     texts = []
     for part in content:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise DataError(f"field '{name}' has a message with a part of type '{kind}', not text")
+            raise DataError(
+                f"field '{name}' has a message with a part of type '{short(str(kind))}', not text"
+            )
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -159,7 +164,9 @@ def learnt(name: str, rest: dict) -> bool:
     rest."""
     weight, *flags = (rest.pop(key, 1) for key in ("weight", "train", "training"))
     if type(weight) is bool or weight not in (0, 1):
-        raise DataError(f"field '{name}' has a message of weight {weight!r}: 0 or 1 are known")
+        raise DataError(
+            f"field '{name}' has a message of weight {short(repr(weight))}: 0 or 1 are known"
+        )
     if not all(flag in (0, 1) for flag in flags):
         raise DataError(f"field '{name}' has a message whose 'train' is neither true nor false")
     return bool(weight and all(flags))
@@ -179,8 +186,19 @@ def asked(prompt) -> list:
 
 
 def is_transcript(text) -> bool:
-    """Is it a text of turns as in Anthropic's HH files?"""
-    return isinstance(text, str) and bool(re.search(r"(\A|\n\n)Human:", text))
+    """Does a text begin as Anthropic's HH files do?"""
+    return isinstance(text, str) and bool(re.match(r"(\n\n)?Human:", text))
+
+
+def are_transcripts(texts: list, prompt) -> bool:
+    """Are the texts whole conversations? Beside a prompt only if they have it, too: a response may
+    go on with turns that the model made up."""
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    if not prompt:  # a system message may be before the first turn
+        return all("\n\nHuman:" in text or is_transcript(text) for text in texts)
+    within = lambda text: is_transcript(text) and prompt.strip() in text
+    return isinstance(prompt, str) and all(map(within, texts))
 
 
 def transcript(text: str) -> list[dict]:
@@ -210,7 +228,8 @@ def shared_history(chosen: list[dict], rejected: list[dict]):
         while turns and turns[-1]["role"] != "assistant":
             turns.pop()
     limit = min(len(chosen), len(rejected)) - 1
-    shared = next((n for n in range(limit) if chosen[n] != rejected[n]), limit)
+    alike = lambda n: chosen[n] | {"train": None} == rejected[n] | {"train": None}
+    shared = next((n for n in range(limit) if not alike(n)), limit)
     if shared < 1:
         raise DataError("the conversations must begin alike, and the assistant must answer")
     if shared < limit:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 import data
-from extra import chat, formats
+from extra import chat, conversations, formats
 
 UNUSABLE = "unusable: train.py would stop there"
 SAMPLE = 10_000  # examples of a file that are encoded, to count tokens
@@ -32,6 +32,10 @@ def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data
             facts[UNUSABLE] += 1
             if facts[UNUSABLE] <= 3:
                 print(f"data.py: {error}", file=sys.stderr)
+            continue
+        facts.update(example.notes)
+        if not example.responses:
+            facts["ties, left out"] += 1
             continue
         prompt, *responses = (
             hash(str(content)) for content in (example.prompt, *example.responses)
@@ -55,7 +59,7 @@ def survey(path: str, seen: set, held_out: set, facts: Counter) -> Iterator[data
 
 def is_empty(response) -> bool:
     """Has the response no text at all?"""
-    return not (response[-1]["content"] if data.is_turns(response) else response)
+    return conversations.said_nothing(response) if data.is_turns(response) else not response
 
 
 def show_counts(facts: Counter):

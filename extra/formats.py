@@ -12,6 +12,7 @@ from data import DataError, Example, is_turns
 from extra.conversations import (
     ANSWER,
     CONTENT,
+    asked,
     check,
     from_json,
     normal,
@@ -23,6 +24,7 @@ from extra.public import KINDS, QUESTIONS, Found, fits_none, prompt_alone
 
 # They would change what the prompt is, and nothing here could honour them.
 NOT_HONOURED = ["images", "image", "videos", "video", "audios", "audio"]
+NOTHING = (None, "", "[]", "{}", [], {})  # said of tools
 
 
 def parse(where: str, row: dict, kind: str) -> Example:
@@ -39,7 +41,7 @@ def parse(where: str, row: dict, kind: str) -> Example:
         label, margin = facts_of_pair(row, margin) if len(responses) > 1 else (1.0, math.nan)
         if len(responses) > 2 and (label < 1 or not math.isnan(margin)):
             raise DataError("fields 'soft_label', 'margin' and scores belong to pairs")
-    except DataError as error:
+    except (DataError, RecursionError) as error:  # of what is nested a thousand times
         sentence = short(" ".join(str(error).split()), 4000)  # names of fields may be anything
         raise DataError(f"{where}: {sentence}") from None
     if found.margin == 0 and row.get("soft_label") is None:
@@ -64,7 +66,8 @@ def convert(row: dict, formats: list[tuple[dict, Callable]]) -> tuple[Found, dic
         else:
             check(name, row[name], kind)
     found = Found(*reader(row))
-    prompt = with_turns_before(found.prompt, *before(row, fields))
+    said = asked(found.prompt) if all(map(is_turns, found.responses or [""])) else found.prompt
+    prompt = with_turns_before(said, *before(row, fields))
     chat = is_turns(prompt)
     answer = lambda text: [{"role": "assistant", "content": text}]  # a text answers a conversation
     responses = [answer(r) if chat and isinstance(r, str) else r for r in found.responses]
@@ -79,9 +82,12 @@ def convert(row: dict, formats: list[tuple[dict, Callable]]) -> tuple[Found, dic
 def before(row: dict, fields: dict) -> tuple[str | None, list]:
     """The system message and the history that stand beside a prompt, in fields of their own.
     Raises DataError, also for a context that the format does not know."""
-    system = row.get("system", row.get("system_prompt"))
-    if system is not None:
-        check("system", system, str)
+    names = [name for name in ("system", "system_prompt") if row.get(name) is not None]
+    system = row[names[0]] if names else None
+    if names:
+        check(names[0], system, str)
+    if system == "" and "prompt" not in fields:  # no text becomes a chat by that
+        system = None
     history = row.get("history") if "history" not in fields else None
     if history is not None:
         check("history", history, list)
@@ -97,14 +103,14 @@ def context_of(row: dict, chat: bool) -> dict | None:
     kinds = {"tools": list, "documents": list, "chat_template_kwargs": dict}
     kinds["parallel_tool_calls"] = bool
     for name, kind in kinds.items():
-        value = inside.get(name, row.get(name))
-        if value in (None, "", [], {}):
+        values = [v for v in (inside.get(name), row.get(name)) if v not in NOTHING]
+        if not values:
             continue
         if not chat:
             raise DataError(
                 f"field '{name}' belongs to a conversation: give the prompt as messages"
             )
-        context[name] = from_json(name, value, kind)
+        context[name] = from_json(name, values[0], kind)
     if {"messages", "add_generation_prompt"} & context.get("chat_template_kwargs", {}).keys():
         raise DataError("field 'chat_template_kwargs' must leave the messages to the prompt")
     return context or None

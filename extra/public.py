@@ -15,6 +15,7 @@ from data import DataError, is_turns
 from extra.conversations import (
     ANSWER,
     CONTENT,
+    are_transcripts,
     asked,
     check,
     continued,
@@ -30,7 +31,7 @@ from extra.conversations import (
 
 ANY = object
 QUESTIONS = ["question", "query", "instruction", "input"]  # what a question to a chat is called
-REPEATED = "whose responses repeated the prompt: taken out of them"
+REPEATED = "prompts taken out of responses that repeated them"
 OF_EQUAL_RANK = "responses of equal rank left out"
 
 
@@ -58,7 +59,7 @@ def pair(row: dict):
     """prompt, chosen, rejected: texts or token ids; or messages (as UltraFeedback-binarized has
     them), where the history that both share is the prompt; or transcripts (HH), prompt or not."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if is_transcript(chosen) and is_transcript(rejected):
+    if are_transcripts([chosen, rejected], prompt):
         return shared_history(transcript(chosen), transcript(rejected))
     if prompt is None and not (is_turns(chosen) and is_turns(rejected)):
         raise DataError(
@@ -150,13 +151,6 @@ def swift_messages(row: dict):
     """ms-swift: messages, and rejected_messages in their place."""
     names = ("messages", "rejected_messages")
     return shared_history(*(conversation(name, row[name]) for name in names))
-
-
-def alpaca_pair(row: dict):
-    """LlamaFactory once: instruction, and in output the chosen and the rejected answer."""
-    if len(row["output"]) != 2:
-        raise DataError("field 'output' must be text, or a pair of texts")
-    return question(row), several("output", row["output"])
 
 
 def stack_exchange(row: dict):
@@ -416,7 +410,6 @@ PREFERENCES = [
         {"query": str, "response": str, "rejected_response": str},
         renamed("response", "rejected_response", question_pair),
     ),
-    ({"instruction": str, "output": list}, alpaca_pair),
     ({"prompt": CONTENT, "response_0": str, "response_1": str, "better_response_id": int}, safe),
     ({"question": dict, "answer_0": str, "answer_1": str, "score_0": ANY, "score_1": ANY}, webgpt),
     (dict(zip(STRENGTH_2, (CONTENT, str, str, ANY))), help_steer(*STRENGTH_2)),
@@ -431,23 +424,25 @@ PREFERENCES = [
 DEMONSTRATIONS = [
     ({"prompt": CONTENT, "response": ANSWER}, demonstration("response")),
     ({"messages": list}, messages("messages")),
-    ({"conversations": list}, messages("conversations")),
-    ({"conversation": list}, messages("conversation")),
     ({"instruction": str, "output": str}, answered("output")),
     ({"instruction": str, "response": str}, answered("response")),
     ({"question": str, "response": str}, answered("response")),
     ({"question": str, "answer": str}, answered("answer")),
     ({"query": str, "response": str}, answered("response")),
 ]
+TALKS = [  # after the pairs, beside which they are a history, or of another layout
+    ({"conversations": list}, messages("conversations")),
+    ({"conversation": list}, messages("conversation")),
+]
 KTO = [({"prompt": CONTENT, "completion": ANSWER, "label": bool}, kto)]
 COMPLETIONS = [({"prompt": CONTENT, "completion": ANSWER}, demonstration("completion"))]
 CANDIDATES = [({"prompt": CONTENT, "candidates": list}, candidates)]
 PLAIN_TEXT = [({"text": str}, plain_text)]  # late: rows of other formats have a text, too
 PROMPTS = [({"prompt": CONTENT}, prompt_alone)]
+SINGLE = TALKS + COMPLETIONS + PLAIN_TEXT
 KINDS = {
     "preferences": PREFERENCES + KTO,
-    "demonstrations": DEMONSTRATIONS + PREFERENCES + KTO + COMPLETIONS + PLAIN_TEXT,
-    # either, as the doctor takes it
-    "training": PREFERENCES + DEMONSTRATIONS + KTO + COMPLETIONS + PLAIN_TEXT,
-    "prompts": PREFERENCES + CANDIDATES + DEMONSTRATIONS + COMPLETIONS + PLAIN_TEXT + PROMPTS,
+    "demonstrations": DEMONSTRATIONS + PREFERENCES + KTO + SINGLE,
+    "training": PREFERENCES + DEMONSTRATIONS + KTO + SINGLE,  # either, as the doctor takes it
+    "prompts": PREFERENCES + CANDIDATES + DEMONSTRATIONS + SINGLE + PROMPTS,
 }
