@@ -197,8 +197,10 @@ def are_transcripts(texts: list, prompt) -> bool:
         return False
     if not prompt:  # a system message may be before the first turn
         return all("\n\nHuman:" in text or is_transcript(text) for text in texts)
-    within = lambda text: is_transcript(text) and prompt.strip() in text
-    return isinstance(prompt, str) and all(map(within, texts))
+    if not isinstance(prompt, str):
+        return False
+    whole = re.compile(r"\n\nHuman:.*\n\nAssistant:", re.DOTALL)
+    return all(whole.match(text) and prompt.strip() in text for text in texts)
 
 
 def transcript(text: str) -> list[dict]:

@@ -98,9 +98,12 @@ def question_pair(row: dict):
 
 def pair_with(history: list[dict], row: dict):
     """chosen, rejected, and the turns before them, unless they have these themselves."""
-    chosen = row["chosen"]
-    whole = is_turns(chosen) and chosen[0]["role"] in ("system", "user")
-    return pair(row | {"prompt": None if whole else history})
+    return pair(row | {"prompt": None if is_whole(row["chosen"]) else history})
+
+
+def is_whole(answer) -> bool:
+    """Is an answer the whole conversation?"""
+    return is_turns(answer) and answer[0]["role"] in ("system", "user")
 
 
 def question(row: dict) -> list[dict]:
@@ -356,8 +359,10 @@ def messages(name: str) -> Callable:
     def read(row: dict):
         turns = conversation(name, row[name])
         roles = [turn["role"] for turn in turns]
-        if roles[-1] != "assistant" and row.keys() >= TWO.keys():  # the history of a pair
-            return pair_after(name)(row | {key: normal(key, row[key]) for key in TWO})
+        if roles[-1] != "assistant" and row.keys() >= TWO.keys():  # perhaps the history of a pair
+            answers = {key: normal(key, row[key]) for key in TWO}
+            if not is_whole(answers["chosen"]):
+                return pair_after(name)(row | answers)
         if isinstance(row.get("label"), bool):
             kto(row)
         if "assistant" not in roles[1:] or roles[0] == "assistant":
