@@ -98,7 +98,7 @@ def diagnose(path: str, seen: set, held_out: set, tokenizer, limits: tuple, show
         sizes.append(list(map(characters, contents)))
         place = len(sample) if len(sample) < SAMPLE else rng.randrange(facts["examples"])
         if place < SAMPLE:  # every example is as likely to stay
-            sample[place : place + 1] = [example]
+            sample[place : place + 1] = [example._replace(notes=())]  # they are counted
     if not sizes:
         raise data.DataError(f"{path}: no row can be used")
     alone = all(len(example.responses) == 1 for example in sample)

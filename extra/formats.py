@@ -18,6 +18,7 @@ from extra.conversations import (
     normal,
     number,
     short,
+    transcript,  # noqa: F401 - with check, what others take from here
     with_turns_before,
 )
 from extra.public import KINDS, QUESTIONS, Found, fits_none, prompt_alone

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import run_script, save_tokenizer, turns, write_jsonl
-from test_data_path import Spelling, assistant, cut, first_answers, user
+from test_data_path import Spelling, assistant, cut, first_answers, unrepeated, user
 
 import train
 from extra import doctor
@@ -85,7 +85,7 @@ def test_files_are_a_mixture(report, tmp_path):
 
 @pytest.mark.parametrize(("lines", "message"), [
     ('{"prompt": "a", "chosen": "b"}\n', "bad.jsonl:1: field 'rejected' is missing"),
-    ('{"prompt": "a"}\n', "bad.jsonl:1: field 'responses' is missing"),
+    ('{"prompt": "a"}\n', "bad.jsonl:1: has the fields prompt; expected those of a format: "),
     ("{", "bad.jsonl:1: cannot be read as JSON lines"),
     ("\n", "the file is empty"),
     (None, "cannot be read"),
@@ -180,10 +180,10 @@ def random_row(rng: random.Random):
     if kind == "p":
         answers = rng.choices(texts, k=2)
         row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
-        return row, prompt, answers
+        return row, prompt, unrepeated(prompt, answers)[0]
     if kind == "r":
         answers = rng.choices(texts, k=rng.randint(2, 4))
-        return {"prompt": prompt, "responses": answers}, prompt, answers
+        return {"prompt": prompt, "responses": answers}, prompt, unrepeated(prompt, answers)[0]
     if kind == "h":
         answers = rng.choices(texts, k=2)
         texts = [f"\n\nHuman: {prompt}\n\nAssistant: {text}" for text in answers]
@@ -210,6 +210,10 @@ def expected_counts(rows: list, earlier: list, held_out: list) -> dict:
     """What is in a file after earlier ones; rows: (row, prompt, responses)."""
     counts, examples, before = Counter(), [r[1:] for r in rows], [r[1:] for r in earlier]
     prompts = [prompt for _, prompt, _ in held_out]
+    for row, prompt, responses in rows:
+        given = row.get("responses", [row.get("chosen"), row.get("rejected")])
+        taken = isinstance(prompt, str) and None not in given and given != responses
+        counts["prompts taken out of responses that repeated them"] += taken
     for prompt, responses in examples:
         counts["examples"] += 1
         if isinstance(prompt, list) and isinstance(prompt[0], dict):
