@@ -402,7 +402,6 @@ PAIRED = [  # read as the user's question, Apple before Brick; with this margin
     ({"prompt": "Name a fruit", "chosen": f"{H}Name a fruit{A}Apple", "rejected": f"{H}Name a fruit{A}Brick"}, None),
     ({"chosen": [{"role": "Human", "content": "Name a fruit"}, {"role": "Assistant", "content": "Apple"}],
       "rejected": [{"from": "prompter", "value": "Name a fruit"}, {"from": "gpt", "value": "Brick"}]}, None),
-    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Name"}, " a fruit"]}] and USER, "chosen": GOOD, "rejected": BAD}, None),
     ({"prompt": [{"role": "user", "content": parts("Name a fruit")}], "chosen": GOOD, "rejected": BAD}, None),
 ]  # fmt: skip
 
