@@ -380,7 +380,7 @@ MISTAKES = [
     ("extra/conversations.py", "a system message is written twice", 'if turns[0]["role"] == "system" else None', "if False else None", "test_formats.py::test_what_stands_before_a_question"),
     ("extra/conversations.py", "arguments of a tool call stay JSON in a text", 'if isinstance(function.get("arguments"), str):', "if False:", "test_formats.py::test_messages_keep_what_a_template_may_read"),
     ("extra/conversations.py", "a message of weight 0 is learnt", "return bool(weight and all(flags))", "return all(flags)", "test_formats.py::test_turns_that_are_not_learnt_are_marked"),
-    ("extra/conversations.py", "parts of a text are joined without a break", 'return "\\n".join(texts)', 'return "".join(texts)', "test_formats.py::test_roles_by_any_name"),
+    ("extra/conversations.py", "parts of a text are joined without a break", 'return "\\n".join(texts)', 'return "".join(texts)', "test_formats.py::test_roles_by_any_name_and_content_in_parts"),
     ("extra/files.py", "elements of an array are counted from 0", "enumerate(rows, 1)", "enumerate(rows)", "test_formats.py::test_arrays_are_read"),
     ("data.py", "what was made of rows is not counted", '["examples", *example.notes]', '["examples"]', "test_formats.py::test_repeated_prompts_are_taken_out_and_counted"),
     ("data.py", "fields beside three texts are dropped", 'if row.keys() - {"id", *names} or not', "if not", "test_data.py::test_what_is_not_plain_is_left_to_the_room"),

@@ -606,7 +606,7 @@ def test_turns_that_are_not_learnt_are_marked():
     assert e.responses == (YES, NO), "of a history it says nothing"
 
 
-def test_roles_by_any_name():
+def test_roles_by_any_name_and_content_in_parts():
     names = {
         "user": ["Human", "human", "USER", "prompter"], "system": ["system", "developer"],
         "assistant": ["gpt", "Assistant", "model", "bot", "chatgpt"], "tool": ["function", "observation"],
@@ -615,10 +615,12 @@ def test_roles_by_any_name():
         for name in known:
             talk = [{"from": name, "value": "x"}, *turns("u: hi")]
             row = {"prompt": talk, "chosen": "a", "rejected": "b"}
-            assert formats.parse("x", row, "preferences").prompt[0] == {
-                "role": role,
-                "content": "x",
-            }
+            prompt = formats.parse("x", row, "preferences").prompt
+            assert prompt[0] == {"role": role, "content": "x"}
+    talk = [{"role": "user", "content": [*parts("one"), "two", {"text": "three"}]}]
+    row = {"prompt": talk, "chosen": [GOOD[0] | {"content": parts("x")}], "rejected": BAD}
+    e = formats.parse("x", row, "preferences")
+    assert (e.prompt, e.responses) == (turns("u: one\ntwo\nthree"), (turns("a: x"), BAD))
 
 
 def test_answers_that_are_no_pairs_are_refused_by_name():
