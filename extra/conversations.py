@@ -98,6 +98,9 @@ def turn_of(name: str, message: dict) -> dict:
         role, content = rest.pop("from", None), rest.pop("value", None)
     if not isinstance(role, str):
         raise DataError(f"field '{name}' must hold token ids, or messages of role and content")
+    if role == "function_call":  # LlamaFactory's: the assistant's, its content is what it calls
+        function = from_json(name, content, dict)
+        role, content, rest = "assistant", None, rest | {"tool_calls": [{"function": function}]}
     if role.lower() not in ROLE_OF:
         known = ", ".join(ROLE_OF)
         raise DataError(f"field '{name}' has a message of role '{short(role)}': known are {known}")

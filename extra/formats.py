@@ -42,7 +42,9 @@ def parse(where: str, row: dict, kind: str) -> Example:
         label, margin = facts_of_pair(row, margin) if len(responses) > 1 else (1.0, math.nan)
         if len(responses) > 2 and (label < 1 or not math.isnan(margin)):
             raise DataError("fields 'soft_label', 'margin' and scores belong to pairs")
-    except (DataError, RecursionError) as error:  # of what is nested a thousand times
+    except RecursionError:
+        raise DataError(f"{where}: is nested too deeply") from None
+    except DataError as error:
         sentence = short(" ".join(str(error).split()), 4000)  # names of fields may be anything
         raise DataError(f"{where}: {sentence}") from None
     if found.margin == 0 and row.get("soft_label") is None:
@@ -112,6 +114,8 @@ def context_of(row: dict, chat: bool) -> dict | None:
                 f"field '{name}' belongs to a conversation: give the prompt as messages"
             )
         context[name] = from_json(name, values[0], kind)
+        if kind is list and not all(isinstance(thing, dict) for thing in context[name]):
+            raise DataError(f"field '{name}' must be a list of objects")
     if {"messages", "add_generation_prompt"} & context.get("chat_template_kwargs", {}).keys():
         raise DataError("field 'chat_template_kwargs' must leave the messages to the prompt")
     return context or None

@@ -49,7 +49,7 @@ def fits_none(row: dict, formats: list) -> str:
     own = [short(name, 40) for name in list(row)[:20]]
     own += [f"{len(row) - 20} more"] * (len(row) > 20)
     known = "; ".join(", ".join(fields) for fields, _ in formats)
-    return f"has the fields {', '.join(own)}; expected those of a format: {known}"
+    return f"has the fields {', '.join(own) or 'none'}; expected those of a format: {known}"
 
 
 # Pairs: prompt, chosen, rejected, and the same under other names

@@ -213,6 +213,9 @@ BAD_ROWS = [
     ({"prompt": ASKED, "chosen": YES, "rejected": NO, "tools": "[{]"}, "'tools' holds no valid JSON"),
     ({"prompt": ASKED, "chosen": YES, "rejected": NO, "tools": "{}}"}, "'tools' holds no valid JSON"),
     ({"prompt": ASKED, "chosen": YES, "rejected": NO, "tools": {"name": "add"}}, "'tools' must be a list, found dict"),
+    ({"prompt": ASKED, "chosen": YES, "rejected": NO, "tools": ["add"]}, "'tools' must be a list of objects"),
+    ({"prompt": ASKED, "chosen": YES, "rejected": [NO[0] | {"x": json.loads('{"a":' * 900 + "1" + "}" * 900)}]}, "is nested too deeply"),
+    ({}, "has the fields none; expected those of a format"),
     ({"prompt": ASKED, "chosen": YES, "rejected": NO, "chat_template_kwargs": {"messages": []}}, "must leave the messages"),
     ({"prompt": [{"role": "narrator", "content": "x"}], "chosen": YES, "rejected": NO}, "message of role 'narrator': known are system"),
     ({"prompt": [{"role": "user", "content": 3}], "chosen": YES, "rejected": NO}, "content is int, not text"),
@@ -572,6 +575,14 @@ def test_messages_keep_what_a_template_may_read():
     [turn] = formats.parse("x", row | {"chosen": [legacy]}, "preferences").responses[0]
     assert turn["tool_calls"] == [{"type": "function", "function": CALL["function"]}]
     assert not conversations.said_nothing([turn])
+    share = [
+        {"from": "human", "value": "Weather?"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+    ]
+    share += [{"from": "observation", "value": "rain"}, {"from": "gpt", "value": "It rains."}]
+    [said] = formats.parse("x", {"conversations": share}, "demonstrations").responses
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": CALL["function"]}]}
+    assert said == [called, *turns("t: rain | a: It rains.")]
     openai = {"messages": row["prompt"], "tools": [TOOL], "parallel_tool_calls": False}
     sides = {"preferred_output": chosen, "non_preferred_output": row["rejected"]}
     again = formats.parse("x", {"input": openai, **sides}, "preferences")
