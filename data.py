@@ -33,8 +33,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-MORE = {"weight", "soft_label", "margin", "score_chosen", "candidates", "system", "tools"}
-NO_TEXT = re.compile("[\ud800-\udfff\ufdd0]")  # half a surrogate pair; U+FDD0 is no character
+NO_TEXT = re.compile("[\ud800-\udfff\ufdd0\ufdd1]")  # half a surrogate pair; no characters
 
 
 class DataError(ValueError):
@@ -130,6 +129,7 @@ class Example(NamedTuple):
     label: float = 1.0  # probability that chosen is better than rejected
     margin: float = math.nan  # by how much, for the losses that ask; nan: not known
     context: dict | None = None  # what a chat template is handed beside the turns: tools, …
+    notes: tuple = ()  # what was made of the row, counted when it is encoded
 
 
 def read_point(out: Path) -> dict:
@@ -142,7 +142,7 @@ def read_point(out: Path) -> dict:
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped."""
+    """Yield ("file:line", object) of JSON lines, gzipped or not, or of an array; no blank lines."""
     where, empty = path, True
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -156,19 +156,22 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
         if empty:
             raise ValueError("the file is empty")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{where}: cannot be read as JSON lines ({reason})") from None
+        from extra.files import read_array  # or one sentence says what is wrong
+
+        yield from read_array(path, where, error)
 
 
 def plain(where: str, row: dict, kind: str) -> Example | None:
     """A row of texts: prompt, chosen, rejected; or for SFT prompt, response. None: another one."""
     paired = kind == "preferences" or "chosen" in row
     names = ("prompt", "chosen", "rejected") if paired else ("prompt", "response")
-    contents = [row.get(name) for name in names]
-    is_text = lambda content: isinstance(content, str) and not NO_TEXT.search(content)
-    if row.keys() & MORE or {"chosen", "response"} <= row.keys() or not all(map(is_text, contents)):
+    prompt, *rest = texts = [row.get(name) for name in names]
+    if row.keys() - {"id", *names} or not all(isinstance(text, str) for text in texts):
         return None
-    return Example(contents[0], tuple(contents[1:]), where)
+    repeated = prompt and all(t.startswith((prompt, "\n\nHuman:")) for t in rest)
+    if repeated or NO_TEXT.search("".join(texts)):
+        return None  # responses that repeat the prompt; or no characters
+    return Example(prompt, tuple(rest[:1] if kind == "demonstrations" else rest), where)
 
 
 def read_examples(paths: str, kind: str) -> Iterator[Example]:
@@ -176,13 +179,10 @@ def read_examples(paths: str, kind: str) -> Iterator[Example]:
     preferences; demonstrations, of which preferences bring the best; or prompts, of any row."""
     for path in filter(None, paths.split(",")):
         for where, row in read_jsonl(path):
-            example = plain(where, row, kind)
-            if example is None:
+            if (example := plain(where, row, kind)) is None:
                 from extra.formats import parse  # chats, and public data as it is distributed
 
                 example = parse(where, row, kind)
-            if kind == "demonstrations":
-                example = example._replace(responses=example.responses[:1])
             yield example
 
 
@@ -248,6 +248,7 @@ def fit(tree: list[list[int]], max_length: int, max_prompt: int, counts: Counter
     distinct = list(dict.fromkeys(map(tuple, responses)))
     cut = list(dict.fromkeys(ids[:room] for ids in distinct))  # what is cut has no EOS
     spoilt = {
+        "tie": not responses,  # as the formats' room has it: neither is the better one
         "empty response": not all(responses),
         "identical responses": len(distinct) < min(2, len(responses)),
         "no room for a response": any(max(ids, default=-1) < 0 for ids in cut),
@@ -289,7 +290,7 @@ def encode(
 
     def trees():
         for example in examples:
-            counts["examples"] += 1
+            counts.update(["examples", *example.notes])
             if tree := fit(token_ids(example, tokenizer), max_length, max_prompt, counts):
                 facts.append((example.weight, example.label, example.margin))
                 yield tree

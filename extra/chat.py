@@ -341,10 +341,10 @@ def end_of_turn(tokenizer: data.Tokenizer) -> int:
     return encode_chats([example], tokenizer)[0][1][-1]
 
 
-def stop_ids(tokenizer: data.Tokenizer) -> list[int]:
+def stop_ids(tokenizer: data.Tokenizer) -> set[int]:
     """The ids that end an answer: EOS, what the template ends the assistant's turn with, and what
     generation_config.json names."""
-    return list(dict.fromkeys([tokenizer.eos_id, end_of_turn(tokenizer), *tokenizer.stops]))
+    return {tokenizer.eos_id, end_of_turn(tokenizer), *tokenizer.stops}
 
 
 class Stream:
@@ -372,7 +372,7 @@ def talk(args, options: dict):
     model, tokenizer = sample.load(args.checkpoint)
     if tokenizer is None:
         raise data.DataError(f"{args.checkpoint}: --chat needs a tokenizer.model there")
-    stops = set(stop_ids(tokenizer))
+    stops = stop_ids(tokenizer)
     turns = [{"role": "system", "content": args.system}] if args.system else []
     while True:
         try:

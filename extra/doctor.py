@@ -56,6 +56,10 @@ def survey(
             continue
         if out:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        facts.update(example.notes)
+        if not example.responses:
+            facts["ties, left out"] += 1
+            continue
         prompt, *responses = (
             hash(str(content)) for content in (example.prompt, *example.responses)
         )
@@ -111,7 +115,7 @@ def diagnose(
         sizes.extend((prompt, responses[0], responses[-1], prompt + max(responses)))
         place = len(sample) if len(sample) < SAMPLE else rng.randrange(facts["examples"])
         if place < SAMPLE:  # every example is as likely to stay
-            sample[place : place + 1] = [example]
+            sample[place : place + 1] = [example._replace(notes=())]  # they are counted
     if not sizes:
         raise data.DataError(f"{path}: no row can be used")
     sizes = np.array(sizes).reshape(-1, 4)
@@ -130,13 +134,13 @@ def show_encoded(sample: list, total: int, tokenizer, limits: tuple, shown: int,
     """Print how a sample of a file's `total` examples is encoded, and `shown` of them."""
     found, whole = Counter(), array.array("q")
     talks = {example.where for example in sample if data.is_turns(example.prompt)}
-    ends = set(chat.stop_ids(tokenizer) if talks else ())
+    ends = chat.stop_ids(tokenizer) if talks else set()
 
     def looked_at() -> Iterator[data.Example]:
         for example in encode_ahead(sample, tokenizer):
             count_cuts(example, example.where in talks, limits, tokenizer, ends, found)
             whole.append(len(example.prompt) + max(map(len, example.responses)))
-            yield example
+            yield example._replace(notes=())  # all rows are counted already
 
     dataset, counts = data.encode(looked_at(), tokenizer, *limits)
     tokens = len(dataset.tokens) * total / len(sample)
@@ -214,7 +218,8 @@ def main():
     add("--show", type=int, default=2, help="examples to show of each file (default 2)")
     add("--out", default="", help="write the rows that can be used there, .jsonl or .jsonl.gz")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack a character
+        sys.stdout.reconfigure(errors="backslashreplace")
     held_out, seen, limits = set(), set(), (args.max_length, args.max_prompt_length)
     files = list(filter(None, ",".join(args.files).split(",")))
     evaluation = list(filter(None, args.eval.split(",")))

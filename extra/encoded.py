@@ -22,9 +22,7 @@ def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Data
     if run.rank == 0 and not (run.point and counts.is_file()):
         place.mkdir(parents=True, exist_ok=True)
         counts.unlink(missing_ok=True)
-        ahead = encode_ahead(examples, tokenizer, notes := Counter())
-        dataset, found = data.encode(ahead, tokenizer, *limits)
-        found.update(notes)
+        dataset, found = data.encode(encode_ahead(examples, tokenizer), tokenizer, *limits)
         for array in ARRAYS:
             np.save(place / f"{array}.npy", getattr(dataset, array))
         counts.write_text(json.dumps(found), encoding="utf-8")
@@ -33,16 +31,16 @@ def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Data
     return data.Dataset(*arrays), Counter(json.loads(counts.read_text(encoding="utf-8")))
 
 
-def encode_ahead(examples: Iterable, tokenizer, notes: Counter | None = None) -> Iterator:
+def encode_ahead(examples: Iterable[data.Example], tokenizer) -> Iterator[data.Example]:
     """The examples with token ids in place of texts and conversations.
 
     As data.token_ids encodes them, but thousands at a time, which is done on all cores; and a
-    conversation may become several examples (extra/chat.py). notes: counts what one should know.
+    conversation may become several examples (extra/chat.py). What should be counted is in `notes`.
     """
-    examples, notes = iter(examples), Counter() if notes is None else notes
+    examples = iter(examples)
     while block := list(itertools.islice(examples, 4096)):
         if tokenizer:
-            block = list(prepare(block, tokenizer, notes))
+            block = list(prepare(block, tokenizer))
         texts = [e for e in block if tokenizer and is_plain_text(e, tokenizer)]
         chats = [e for e in block if tokenizer and is_chat(e, tokenizer)]
         trees = {id(e): tree for e, tree in zip(texts, encode_texts(texts, tokenizer))}
@@ -65,20 +63,21 @@ def is_plain_text(example: data.Example, tokenizer) -> bool:
     return isinstance(example.prompt, str) and bool(example.prompt) and not tokenizer.rendered
 
 
-def prepare(block: list[data.Example], tokenizer, notes: Counter) -> Iterator[data.Example]:
+def prepare(block: list[data.Example], tokenizer) -> Iterator[data.Example]:
     """The examples as they are encoded; raises DataError for what a chat template leaves out."""
     from extra import chat
 
     for example in block:
         if data.is_turns(example.prompt):
-            notes[chat.CHATS] += 1
             chat.check_written(example, tokenizer)
-            yield from chat.separate(example, tokenizer)
+            first, *others = chat.separate(example, tokenizer)
+            yield first._replace(notes=(*example.notes, chat.CHATS))
+            yield from (other._replace(notes=()) for other in others)
             continue
         if isinstance(example.prompt, str) and not tokenizer.rendered:
             texts = (example.prompt, *example.responses)
             if any(map(tokenizer.control_pattern.search, texts)):
-                notes[chat.SPELT] += 1
+                example = example._replace(notes=(*example.notes, chat.SPELT))
         yield example
 
 

@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 import sentencepiece
@@ -140,7 +139,7 @@ def test_chat_templates(tokenizer, tmp_path, name):
     assert (head + chosen).count(t.bos_id) == (whole.count("<s>") or name != "no bos")
     for response in (chosen, rejected):
         assert response[-1] == control(t)[end] and response.count(control(t)[end]) == 1
-    assert set(chat.stop_ids(t)) == {control(t)[end], t.eos_id}
+    assert chat.stop_ids(t) == {control(t)[end], t.eos_id}
 
     # All answers of a conversation: only they are learnt, each with what ends it.
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": conversation}])
@@ -282,7 +281,7 @@ def test_user_defined_pieces_of_any_name_that_are_listed_beside_the_model(tmp_pa
     )
     assert (prompt.count(start), prompt.count(end)) == (2, 1) and bold in prompt
     assert response[-1] == end and not {start, end} & set(response[:-1])
-    assert set(chat.stop_ids(t)) == {t.eos_id, end}
+    assert chat.stop_ids(t) == {t.eos_id, end}
     assert spelled(t, response) == forged + names[1]
 
 
@@ -492,22 +491,17 @@ def test_text_that_a_template_wrote(tokenizer, tmp_path):
     talk = turns("s: be brief | u: 2+2?")
     rendered = chat.template_of(t).render(talk, True)
     example = data.Example(rendered, ("4.<|im_end|>\n", "22", ""), "x:1")
-    notes = Counter()
-    [kept] = encoded.encode_ahead([example], t, notes)
-    assert notes == {chat.SPELT: 1} and not set(kept.prompt) & {320, 321}
-    assert list(notes) == [
-        "with text that spells control tokens, kept text (--rendered reads it as tokens)"
-    ]
+    [kept] = encoded.encode_ahead([example], t)
+    hint = "with text that spells control tokens, kept text (--rendered reads it as tokens)"
+    assert kept.notes == (hint,) and not set(kept.prompt) & {320, 321}
     t.rendered = True
     head, one, other, nothing = data.token_ids(example, t)
     assert head == [t.bos_id, *prompt_ids(talk, t)], "and BOS, as texts have"
     inside = lambda text: t.encode_at("inside", [text])[0]
     tail = [~i for i in t.encode_at("after", ["\n"])[0]]
     assert one == [*inside("4."), 321, *tail] and other == [*inside("22"), 321] and nothing == []
-    [again] = encoded.encode_ahead([example], t, notes)
-    assert [again.prompt, *again.responses] == [head, one, other, nothing] and notes[
-        chat.SPELT
-    ] == 1
+    [again] = encoded.encode_ahead([example], t)
+    assert [again.prompt, *again.responses, again.notes] == [head, one, other, nothing, ()]
     assert data.token_ids(data.Example("<s>a", ()), t)[0].count(t.bos_id) == 1
     whole = data.Example("", ("<s>a</s> b",))
     assert data.token_ids(whole, t) == [

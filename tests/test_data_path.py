@@ -162,15 +162,14 @@ class Spelling:
         return [IM_START, f"{role}\n{content}", IM_END, "\n"]
 
     def conversation(self, prompt: list[dict], responses: list[list[dict]]) -> list[list[int]]:
-        answered = all(response[0]["role"] == "assistant" for response in responses)
+        answered = all(r[0]["role"] == "assistant" for r in responses if r)
         parts = [part for turn in prompt for part in self.turn(turn)]
         parts += self.opening() if answered else []
         bos = [] if self.style == "chatml without bos" else [BOS]
         tree = [bos + self.ids(parts, "begins")]
         for response in responses:
             place = "begins" if parts and isinstance(parts[-1], int) else "inside"
-            said = response and response[-1]["content"]
-            tree.append(self.response(response, answered, place) if said else [])
+            tree.append(self.response(response, answered, place) if response else [])
         return tree
 
     def response(self, response: list[dict], opened: bool, place: str) -> list[int]:
@@ -183,7 +182,8 @@ class Spelling:
             read += [] if opened else self.opening()
             ids += [~i for i in self.ids(read, place)]
             place = "begins" if read and isinstance(read[-1], int) else "inside"
-            ids += self.ids(self.answer(turn["content"]), place)
+            said = self.ids(self.answer(turn["content"]), place)
+            ids += [~i for i in said] if turn.get("train") is False else said
             read, opened, place = self.after(), False, "begins"  # every answer ends in a token
         return ids
 
@@ -245,11 +245,38 @@ class Row(NamedTuple):
     weight: float = 1.0
     label: float = 1.0
     margin: float = NAN
+    repeated: bool = False  # the prompt was taken out of its responses
+    tie: bool = False  # left out where something is to be learnt
+
+
+def unrepeated(prompt, responses: list):
+    """Several texts that all begin with the prompt lose it, but not the beginning of a word."""
+    if not isinstance(prompt, str) or prompt.strip() == "":
+        return responses, False
+    rests = []
+    for response in responses:
+        if response[: len(prompt)] != prompt:
+            return responses, False
+        rests.append(response[len(prompt) :])
+        if rests[-1] and prompt[-1].isalnum() and rests[-1][0].isalnum():
+            return responses, False
+    return rests, True
 
 
 def with_facts(draw, row: dict, prompt, responses) -> Row:
-    """The row with numbers beside it, or without."""
-    row = dict(row)
+    """The row with numbers beside it, or without; perhaps with a system message of no text."""
+    row, repeated = dict(row), False
+    if len(responses) > 1 and ("chosen" in row or "responses" in row):
+        responses, repeated = unrepeated(prompt, responses)
+    made = add_facts(draw, row, prompt, responses)
+    beside = "system" in made.row and "prompt" in made.row and "candidates" not in made.row
+    if beside and isinstance(prompt, str) and prompt:
+        said = [[assistant(response)] for response in made.responses]
+        made = made._replace(prompt=[user(prompt)], responses=said)
+    return made._replace(repeated=repeated)
+
+
+def add_facts(draw, row: dict, prompt, responses) -> Row:
     weight, label, margin = 1.0, 1.0, NAN
     choice = draw.randint(0, 3)
     if choice == 1:
@@ -275,6 +302,15 @@ def with_facts(draw, row: dict, prompt, responses) -> Row:
     if known == 4:
         row |= {"score_chosen": 1.5, "score_rejected": "none"}
     return Row(row, prompt, responses, weight, label, margin)
+
+
+def compared(draw, row: dict, prompt, responses, margin: float) -> Row:
+    """A row of which a field says which is better, and by how much; 0 is a tie, unless it has a
+    soft label."""
+    made = with_facts(draw, row, prompt, responses)
+    if math.isnan(made.margin):
+        made = made._replace(margin=margin)
+    return made._replace(tie=margin == 0 and "soft_label" not in made.row)
 
 
 def user(text: str) -> dict:
@@ -324,6 +360,8 @@ def split_conversations(chosen: list[dict], rejected: list[dict]):
 
 def plain_pair(draw) -> Row:
     prompt, chosen, rejected = draw.text(), draw.text(), draw.text()
+    if draw.chance(5):
+        chosen, rejected = prompt + chosen, prompt + draw.choice(["", " ", "\n"]) + rejected
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return with_facts(draw, row, prompt, [chosen, rejected])
 
@@ -382,6 +420,89 @@ def text_then_messages(draw) -> Row:
     prompt, chosen, rejected = draw.text(), [assistant(draw.text())], [assistant(draw.text())]
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return with_facts(draw, row, [user(prompt)], [chosen, rejected])
+
+
+def question(draw) -> Row:
+    """Orca, distilabel, Alpaca: texts of a chat, a system message beside them."""
+    asked, good, bad = draw.said() or "q", draw.said(), draw.said()
+    name = draw.choice(["question", "instruction", "input"])
+    made = with_facts(draw, {name: asked, "chosen": good, "rejected": bad}, [user(asked)],
+                      [[assistant(good)], [assistant(bad)]])  # fmt: skip
+    if draw.chance(2):
+        brief = draw.said()
+        before = [system(brief)] if brief else []
+        made = made._replace(row=made.row | {"system": brief}, prompt=before + made.prompt)
+    return made
+
+
+def history_beside(draw) -> Row:
+    """axolotl, LlamaFactory, OpenAI: the last turns, and what was before them in another field."""
+    history = draw_history(draw, draw.chance(2))
+    good, bad = assistant(draw.said()), assistant(draw.said())
+    way = draw.randint(0, 2)
+    if way == 0:
+        row = {"messages": history, "chosen": draw.choice([good, [good], good["content"]])}
+        row["rejected"] = [bad] if isinstance(row["chosen"], dict | list) else bad["content"]
+    elif way == 1:
+        names = {"system": "system", "user": "human", "assistant": "gpt"}
+        share = lambda turn: {"from": names[turn["role"]], "value": turn["content"]}
+        row = {"conversations": list(map(share, history))}
+        row |= {"chosen": share(good), "rejected": share(bad)}
+    else:
+        row = {"input": {"messages": history}, "preferred_output": [good]}
+        row["non_preferred_output"] = [bad]
+    return with_facts(draw, row, history, [[good], [bad]])
+
+
+def swift(draw) -> Row:
+    """ms-swift: the chosen answer ends the messages (which for SFT are learnt whole)."""
+    history, good, bad = draw_history(draw, draw.chance(2)), draw.said(), draw.said()
+    row = {"messages": [*history, assistant(good)], "rejected_response": bad}
+    return with_facts(draw, row, history, [[assistant(good)], [assistant(bad)]])
+
+
+def strength(draw) -> Row:
+    """HelpSteer, webgpt: by how much one is better."""
+    asked, first, second = draw.said(), draw.said(), draw.said()
+    by = draw.randint(-3, 3)
+    if draw.chance(2):
+        row = {
+            "prompt": asked,
+            "response_1": first,
+            "response_2": second,
+            "preference_strength": by,
+        }
+    else:
+        row = {"question": {"full_text": asked}, "answer_0": first, "answer_1": second}
+        row |= {"score_0": 0.25, "score_1": 0.25 + by}
+    best_first = [second, first] if by > 0 else [first, second]
+    return compared(draw, row, [user(asked)], [[assistant(a)] for a in best_first], abs(by))
+
+
+def arena(draw) -> Row:
+    """Of one turn or of two; a tie is no margin."""
+    asked, answers = [draw.said(), draw.said()], {s: [draw.said(), draw.said()] for s in "ab"}
+    count, won = draw.randint(1, 2), draw.choice("abt")
+    talk = lambda s: [t for q, a in zip(asked[:count], answers[s]) for t in (user(q), assistant(a))]
+    if draw.chance(2):
+        row = {"prompt": json.dumps(asked[:count])}
+        row |= {f"response_{s}": json.dumps(answers[s][:count]) for s in "ab"}
+        row |= {"winner_model_a": int(won == "a"), "winner_model_b": int(won == "b")}
+        row |= {"winner_tie": int(won == "t")}
+    else:
+        row = {f"conversation_{s}": talk(s) for s in "ab"}
+        row |= {"winner": {"a": "model_a", "b": "model_b", "t": "tie (bothbad)"}[won]}
+    talks = [talk("b"), talk("a")] if won == "b" else [talk("a"), talk("b")]
+    return compared(draw, row, *split_conversations(*talks), 0 if won == "t" else NAN)
+
+
+def ranks(draw) -> Row:
+    """Nectar: in any order."""
+    asked, answers = draw.said(), [draw.said() or "a" for _ in range(draw.randint(2, 4))]
+    listed = [{"answer": answer, "rank": n + 1.0} for n, answer in enumerate(answers)]
+    draw.shuffle(listed)
+    row = {"prompt": f"\n\nHuman: {asked}\n\nAssistant: ", "answers": listed}
+    return with_facts(draw, row, [user(asked)], [[assistant(answer)] for answer in answers])
 
 
 def stack_exchange(draw) -> Row:
@@ -488,13 +609,25 @@ def prompt_alone(draw) -> Row:
 
 PAIRS = [
     plain_pair, plain_pair, pair_of_ids, hh, hh, ultrafeedback, prompt_of_messages, text_then_messages,
-    stack_exchange, shp, summarize, ranking,
+    stack_exchange, shp, summarize, ranking, question, history_beside, strength, arena, ranks,
 ]  # fmt: skip
 KINDS = {
-    "preferences": PAIRS,
+    "preferences": [*PAIRS, swift],
     "demonstrations": [*PAIRS, demonstration, messages, plain_text, pair_with_messages],
-    "prompts": [*PAIRS, messages, plain_text, candidates, prompt_alone],
+    "prompts": [*PAIRS, swift, messages, plain_text, candidates, prompt_alone],
 }
+
+
+def heard(responses: list) -> list:
+    """Conversations' responses: an answer that says nothing is none, or not learnt before others."""
+    kept = []
+    for response in responses:
+        if response and isinstance(response[0], dict):
+            silent = [t["role"] == "assistant" and t["content"] == "" for t in response]
+            told = [t | {"train": False} if s else t for t, s in zip(response, silent)]
+            response = [] if silent[-1] else told
+        kept.append(response)
+    return kept
 
 
 def mixture(draw, kind: str):
@@ -503,7 +636,8 @@ def mixture(draw, kind: str):
     for file in files:
         for _ in range(draw.randint(1, 6)):
             make = draw.choice(KINDS[kind])
-            file.append(make(draw))
+            row = make(draw)
+            file.append(row._replace(responses=heard(row.responses)))
     return files
 
 
@@ -566,11 +700,26 @@ def expected_data(rows: list[Row], spelling: Spelling, limits, kind: str):
     kept, counts, first = [], Counter(examples=len(rows)), 0
     for row in rows:
         responses = row.responses[:1] if kind == "demonstrations" else row.responses
+        counts["prompts taken out of responses that repeated them"] += row.repeated
+        if row.tie:
+            counts["dropped: tie"] += 1
+            continue
         tree = cut(spelling.tree(row.prompt, responses), *limits, counts)
         if tree is not None:
             kept.append(Kept(tree, row.weight, row.label, row.margin, first))
             first += len(tree) - 1
     return kept, +counts
+
+
+def notes_of(row: Row, spelling: Spelling, only: int | None):
+    """What is counted of a row that is encoded, beside what was made of it."""
+    names = ["<s>", "</s>"] + ["<|im_start|>", "<|im_end|>"] * spelling.style.startswith("chatml")
+    if isinstance(row.prompt, list) and isinstance(row.prompt[0], dict):
+        yield "conversations"
+    elif isinstance(row.prompt, str):
+        texts = row.prompt, *([] if row.tie else row.responses[:only])
+        if any(name in text for name in names for text in texts):
+            yield chat.SPELT
 
 
 def told(i: int) -> int:
@@ -667,13 +816,15 @@ def test_every_row_reaches_its_batch(kind, spellings, tmp_path):
         examples = list(data.read_examples(paths, kind))
         assert [example.where for example in examples] == places
         found = [(example.prompt, list(example.responses)) for example in examples]
-        assert found == [(row.prompt, row.responses[:only]) for row in rows]
+        assert found == [(row.prompt, [] if row.tie else row.responses[:only]) for row in rows]
         way = draw.choice(["alone", "ahead", "once"])
         if not kept:
             with pytest.raises(data.DataError, match=f"no example is left .{len(rows)} examples"):
                 encode_by(way, examples, spelling.tokenizer, limits, tmp_path)
             continue
         dataset, found = encode_by(way, examples, spelling.tokenizer, limits, tmp_path)
+        if way != "alone":
+            counts += Counter(note for row in rows for note in notes_of(row, spelling, only))
         assert +found == counts
         assert sequences(dataset) == [ids for example in kept for ids in example.tree]
         if kind == "preferences":
@@ -686,6 +837,7 @@ def test_every_row_reaches_its_batch(kind, spellings, tmp_path):
         assert seen["repeated responses left out"] > 5
     assert min(seen[f"dropped: {rule}"] for rule in rules) > 5, "there are cases of each rule"
     assert min(seen["prompts cut"], seen["responses cut"]) > 5
+    assert min(seen["prompts taken out of responses that repeated them"], seen["dropped: tie"]) > 5
 
 
 def check_batches(draw, dataset: data.Dataset, kept: list[Kept]):
@@ -963,7 +1115,8 @@ def test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs(spellings, tmp
             found, again = encoded.encode_once(
                 run_at(tmp_path, rank, point), name, never(), tokenizer, *limits
             )
-            assert again == counts and counts["examples"] == len(sets[name])
+            notes = {"conversations": int("pairs" in name)}
+            assert +again == +counts + Counter(notes) and counts["examples"] == len(sets[name])
             for field in ("tokens", "learnt", "offsets", "trees", "facts"):
                 kept, right = getattr(found, field), getattr(dataset, field)
                 assert kept.dtype == right.dtype and isinstance(kept, np.memmap), field

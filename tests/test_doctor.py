@@ -11,7 +11,16 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import run_script, save_tokenizer, turns, write_jsonl
-from test_data_path import Spelling, assistant, cut, first_answers, make_tokenizer, user
+from test_data_path import (
+    Spelling,
+    assistant,
+    cut,
+    first_answers,
+    heard,
+    make_tokenizer,
+    unrepeated,
+    user,
+)
 
 import data
 import train
@@ -87,7 +96,7 @@ def test_files_are_a_mixture(report, tmp_path):
 
 @pytest.mark.parametrize(("lines", "message"), [
     ('{"prompt": "a", "chosen": "b"}\n', "bad.jsonl:1: field 'rejected' is missing"),
-    ('{"prompt": "a"}\n', "bad.jsonl:1: field 'responses' is missing"),
+    ('{"prompt": "a"}\n', "bad.jsonl:1: has the fields prompt; expected those of a format: "),
     ("{", "bad.jsonl:1: cannot be read as JSON lines"),
     ("\n", "the file is empty"),
     (None, "cannot be read"),
@@ -202,16 +211,21 @@ def check_histogram(about: dict, lengths: list[int], limit: int):
 
 def random_row(rng: random.Random):
     """A row, its prompt and its responses; of few texts, so that they come again."""
+    row, prompt, responses = written_row(rng)
+    return row, prompt, heard(responses)
+
+
+def written_row(rng: random.Random):
     texts = ["", "a", "a b", " film", "Ünï</s>", "was great and slow " * rng.randint(1, 4)]
     prompts = ["a", "Q: 2+2?", "the film was " * rng.randint(2, 9), "great<s>"]
     prompt, kind = rng.choice(prompts), rng.choice("pppprrrmhtid")
     if kind == "p":
         answers = rng.choices(texts, k=2)
         row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
-        return row, prompt, answers
+        return row, prompt, unrepeated(prompt, answers)[0]
     if kind == "r":
         answers = rng.choices(texts, k=rng.randint(2, 4))
-        return {"prompt": prompt, "responses": answers}, prompt, answers
+        return {"prompt": prompt, "responses": answers}, prompt, unrepeated(prompt, answers)[0]
     if kind == "h":
         answers = rng.choices(texts, k=2)
         texts = [f"\n\nHuman: {prompt}\n\nAssistant: {text}" for text in answers]
@@ -238,6 +252,10 @@ def expected_counts(rows: list, earlier: list, held_out: list) -> dict:
     """What is in a file after earlier ones; rows: (row, prompt, responses)."""
     counts, examples, before = Counter(), [r[1:] for r in rows], [r[1:] for r in earlier]
     prompts = [prompt for _, prompt, _ in held_out]
+    for row, prompt, responses in rows:
+        given = row.get("responses", [row.get("chosen"), row.get("rejected")])
+        taken = isinstance(prompt, str) and None not in given and given != responses
+        counts["prompts taken out of responses that repeated them"] += taken
     for prompt, responses in examples:
         counts["examples"] += 1
         if isinstance(prompt, list) and isinstance(prompt[0], dict):
@@ -340,7 +358,7 @@ def test_every_number_of_a_random_mixture(report, tokenizer, tmp_path, monkeypat
                 counts[TORN] += talk and len(before[0]) > limits[1]  # they have one turn
             if talk:
                 prompt = f"\n\nHuman: {prompt[0]['content']}\n\nAssistant:"
-                said = " " + responses[0][0]["content"] if responses[0][-1]["content"] else ""
+                said = " " + responses[0][0]["content"] if responses[0] else ""
             else:
                 said = responses[0]
             if prompt and said and isinstance(prompt, str):
@@ -518,7 +536,8 @@ def test_shapes_of_text_are_counted(report, tmp_path):
         pair("Answer:\n"),  # a usual end
         pair([5, 32], [7], [8]),
         {"text": "of its own "},
-        pair("Name a fruit.", "Name a fruit. Apple", "Name a fruit. Brick"),
+        pair("Name a fruit.", "Name a fruit. Apple", "Name a fruit. Brick"),  # is taken out
+        pair("Name a", "Name an apple", "Name any brick"),  # which would tear a word
         pair("Name a fruit.", " Apple", "Name a fruit."),
         pair("Name a fruit.", "Name a fruit", "Name a"),  # not the whole of it
         {"prompt": "Say a", "response": "Say a b"},
@@ -530,6 +549,7 @@ def test_shapes_of_text_are_counted(report, tmp_path):
     for what in ("examples", "conversations", "with a prompt seen earlier"):
         counts.pop(what)
     assert counts == {
+        "prompts taken out of responses that repeated them": 1,
         "with a prompt that ends in a space or a tab": 2,
         "with a response that begins with the whole prompt": 4,
         "with several responses that all do": 1,
