@@ -168,7 +168,7 @@ def plain(where: str, row: dict, kind: str) -> Example | None:
     prompt, *rest = texts = [row.get(name) for name in names]
     if row.keys() - {"id", *names} or not all(isinstance(text, str) for text in texts):
         return None
-    repeated = prompt and all(t.startswith((prompt, "\n\nHuman:")) for t in rest)
+    repeated = all(text.startswith((prompt or "\n\nHuman:", "\n\nHuman:")) for text in rest)
     if repeated or NO_TEXT.search("".join(texts)):
         return None  # responses that repeat the prompt; or no characters
     return Example(prompt, tuple(rest[:1] if kind == "demonstrations" else rest), where)

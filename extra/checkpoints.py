@@ -242,28 +242,37 @@ def read_files(directory: Path) -> dict[str, Tensor]:
 
 
 def complete(directory: Path, tokenizer, run):
-    """Put beside saved weights what other programs want there, so that they render, encode and stop
-    as we do: all else that the source's config.json says; the tokenizer's files as they came; the
-    chat template that was used; and the ids that end an answer."""
-    source, given = run.settings.init_from, Path(run.settings.tokenizer)
-    path, kept = directory / "config.json", {}
+    """Put beside saved weights what other programs want there, so that they encode, render and stop
+    as we do."""
+    s = run.settings
+    bring(directory, s.init_from, s.tokenizer)
+    if tokenizer:
+        counted = (run.out / "encoded").glob("*/counts.json")
+        chats = any(CHATS in read_json(path) for path in counted)
+        complete_tokenizer(directory, tokenizer, chats or not s.init_from)
+
+
+def bring(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
+    """All else that the config.json of the source says, which the weights come from, and its
+    tokenizer's files; or those of a new model's tokenizer, if it was not trained here."""
     if source:
-        kept = read_json(base_of(source) / "config.json")
+        path, kept = directory / "config.json", read_json(base_of(source) / "config.json")
         kept.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
         saved = {key: value for key, value in read_json(path).items() if value is not None}
-        ends = {"eos_token_id": kept["eos_token_id"]} if "eos_token_id" in kept else {}
-        write_json(path, kept | saved | ends)
-    for name in TOKENIZER_FILES:
-        beside = given if given.is_dir() else given.parent
-        if source:
+        if "eos_token_id" in kept:  # ours has those of generation_config.json, too
+            saved.pop("eos_token_id", None)
+        write_json(path, kept | saved)
+        for name in TOKENIZER_FILES:
             beside = base_of(source) if name == "generation_config.json" else with_tokenizer(source)
-        if (source or run.settings.tokenizer) and (beside / name).is_file():
-            if beside.resolve() != directory.resolve():
+            if not (beside / name).is_file():
+                (directory / name).unlink(missing_ok=True)  # another run's
+            elif beside.resolve() != directory.resolve():
                 shutil.copy(beside / name, directory)
-        elif not (tokenizer and name == tokenizer.path.name):
-            (directory / name).unlink(missing_ok=True)  # another run's
-    if tokenizer:
-        complete_tokenizer(directory, tokenizer, not source or has_chats(run))
+    elif tokenizer:
+        beside = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+        for name in TOKENIZER_FILES - {"tokenizer.model"}:  # that one is written already
+            if (beside / name).is_file() and beside.resolve() != directory.resolve():
+                shutil.copy(beside / name, directory)
 
 
 def complete_tokenizer(directory: Path, tokenizer, chats: bool):
@@ -285,12 +294,6 @@ def complete_tokenizer(directory: Path, tokenizer, chats: bool):
     if content.get("eos_token_id") not in (ends, ends[0] if len(ends) == 1 else None):
         content = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_id}
         write_json(path, content | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
-
-
-def has_chats(run) -> bool:
-    """Were there conversations in the data of this run, or of the run that is resumed?"""
-    found = (run.out / "encoded").glob("*/counts.json")
-    return any(CHATS in read_json(path) for path in found)
 
 
 def write_json(path: Path, content: dict):

@@ -145,6 +145,10 @@ def encode_row(row: dict, example: data.Example, tokenizer, limits: list, counts
     `data.fit`; what is not ranked is only cut."""
     if not example.responses:
         raise data.DataError(f"{example.where}: has no response that could be scored")
+    counts.update(example.notes)
+    if example.label == 0.5 and row.get("soft_label") is None:  # as a run leaves it out
+        counts["dropped: tie"] += 1
+        return None
     whole = data.token_ids(example, tokenizer)
     drawn = row.keys() & {"candidates", "chosen", "responses"} == {"candidates"}
     ranked = len(example.responses) > 1 and not drawn

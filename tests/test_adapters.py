@@ -12,7 +12,7 @@ from conftest import SHAPES, make_model, run_here, run_script, write_jsonl
 from test_model import sequence
 
 from extra import checkpoints
-from extra.checkpoints import base_of, complete, with_tokenizer
+from extra.checkpoints import base_of, bring, with_tokenizer
 from model import (
     CheckpointError,
     load_config,
@@ -38,7 +38,7 @@ def rows(count: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Pairs, and a base of each shape, as transformers writes what complete() adds to."""
+    """Pairs, and a base of each shape, as transformers writes what bring() adds to."""
     root = tmp_path_factory.mktemp("adapters")
     write_jsonl(root / "pairs.jsonl", rows(10))
     for shape, config in SHAPES.items():
@@ -324,7 +324,7 @@ def test_a_tokenizer_is_that_of_the_adapters_or_of_their_base(adapter, place, tm
         "generation_config.json",
         "merges.txt",
     ):
-        (base / name).write_text(f"{name} of the base")
+        (base / name).write_text(json.dumps({name: "of the base"}))
     path = adapter / "adapter_config.json"
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)})
@@ -333,18 +333,21 @@ def test_a_tokenizer_is_that_of_the_adapters_or_of_their_base(adapter, place, tm
     names = lambda: {p.name: p.read_text() for p in out.iterdir() if p.name in checkpoints.TOKENIZER_FILES}  # fmt: skip
     save_pretrained(load_pretrained(adapter), out)
     (out / "chat_template.jinja").write_text("of another run")
-    complete(out, adapter)
+    bring(out, adapter)
     assert with_tokenizer(adapter) == base_of(adapter) == base
     given = {"tokenizer.model", "tokenizer_config.json", "generation_config.json", "merges.txt"}
-    assert names() == {name: f"{name} of the base" for name in given}
+    assert names() == {name: json.dumps({name: "of the base"}) for name in given}
     for name in ("tokenizer.json", "chat_template.jinja"):
-        (adapter / name).write_text(f"{name} of the adapter")
-    complete(out, adapter)
+        (adapter / name).write_text(json.dumps({name: "of the adapter"}))
+    bring(out, adapter)
     assert with_tokenizer(adapter) == adapter and with_tokenizer(base) == base_of(base) == base
     expected = {
-        name: f"{name} of the adapter" for name in ("tokenizer.json", "chat_template.jinja")
+        name: json.dumps({name: "of the adapter"})
+        for name in ("tokenizer.json", "chat_template.jinja")
     }
-    assert names() == expected | {"generation_config.json": "generation_config.json of the base"}
+    assert names() == expected | {
+        "generation_config.json": json.dumps({"generation_config.json": "of the base"})
+    }
     saved = json.loads((out / "config.json").read_text())
     assert saved == json.loads((base / "config.json").read_text())
 

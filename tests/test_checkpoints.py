@@ -21,7 +21,7 @@ from conftest import (
 from test_model import sequence
 
 from extra import lora
-from extra.checkpoints import complete
+from extra.checkpoints import bring, complete_tokenizer
 from model import (
     CheckpointError,
     ModelConfig,
@@ -106,7 +106,7 @@ def test_round_trip_and_transformers(shape, tmp_path):
     }
     assert again.config == replace(model.config, **theirs_ids), "transformers fills in ids"
     save_pretrained(again, tmp_path / "again")
-    complete(tmp_path / "again", tmp_path / "theirs")
+    bring(tmp_path / "again", tmp_path / "theirs")
     third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(third(torch.tensor([ids])).logits[0], ours, rtol=1e-4, atol=1e-4)
 
@@ -171,7 +171,7 @@ def test_models_of_today_are_those_of_transformers(name, tied, tmp_path):
         save_pretrained(ours, tmp_path / "out")
         for completed in (False, True):
             if completed:
-                complete(tmp_path / "out", tmp_path / place)
+                bring(tmp_path / "out", tmp_path / place)
             again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
             assert type(again) is type(theirs)
             back = again(torch.tensor([ids])).logits[0]
@@ -401,7 +401,7 @@ def test_saving_keeps_what_the_source_says(tmp_path):
     model = load_pretrained(source)
     assert model.config.rope_theta == 500 and model.config.eos_token_id == [2, 7, 8]
     save_pretrained(model, out)
-    complete(out, source)
+    bring(out, source)
     saved = json.loads((out / "config.json").read_text())
     expected = config | extra | {"rope_theta": 500.0, "eos_token_id": [2, 7]}
     assert saved == expected | {"dtype": "float32", "torch_dtype": "float32"}
@@ -427,7 +427,7 @@ def test_a_source_keeps_its_architecture(tmp_path):
         for complete_too in (False, True):
             save_pretrained(model, out)
             if complete_too:
-                complete(out, source)
+                bring(out, source)
             saved = json.loads((out / "config.json").read_text())
             assert saved["model_type"] == kind.lower()
             assert saved["architectures"] == [f"{kind}ForCausalLM"]
@@ -441,7 +441,7 @@ def test_a_new_tokenizer_is_saved_with_what_others_want(tokenizer, tmp_path):
     model = Transformer(replace(SHAPES["tied"], vocab_size=320, bos_token_id=1, eos_token_id=2))
     save_pretrained(model.init_weights(0), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.proto)
-    complete(tmp_path)
+    complete_tokenizer(tmp_path, tokenizer, True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "The film was great."
     assert theirs(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]

@@ -4,15 +4,19 @@ import json
 import random
 import re
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import save_tokenizer, turns
+import torch
+from conftest import make_model, run_here, save_tokenizer, turns, write_jsonl
 
 import data
 from extra import chat, encoded
 from extra.tokenizers import JsonTokenizer, ModelTokenizer, without_space
+from model import ModelConfig, save_pretrained
 
 tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
 FOUND = ["<think>", "</think>"]  # added, but not special
@@ -101,8 +105,8 @@ def make_json(directory, kind: str, template: str = CHATML, **config) -> str:
     spec |= {"decoder": decoder, "model": model}
     directory.mkdir(parents=True)
     (directory / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    names = {"bos_token": "<s>" if begins else None, "eos_token": added("<|im_end|>", True)}
-    names["eos_token"] = names["eos_token"] if template == CHATML else "</s>"
+    names = {"bos_token": "<s>" if begins else None}
+    names["eos_token"] = "<|im_end|>" if template == CHATML else "</s>"
     config = {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"} | config
     (directory / "tokenizer_config.json").write_text(json.dumps(config | names))
     return str(directory)
@@ -110,15 +114,13 @@ def make_json(directory, kind: str, template: str = CHATML, **config) -> str:
 
 def theirs(directory: str):
     """The file as transformers reads it, whole and without a limit to the length."""
-    from transformers import PreTrainedTokenizerFast
-
-    config = json.loads(open(f"{directory}/tokenizer_config.json").read())
+    config = json.loads(Path(directory, "tokenizer_config.json").read_text())
     names = {
         n: t["content"] if isinstance(t, dict) else t
         for n, t in config.items()
         if n in ("bos_token", "eos_token")
     }
-    t = PreTrainedTokenizerFast(tokenizer_file=f"{directory}/tokenizer.json", **names)
+    t = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{directory}/tokenizer.json", **names)
     t.chat_template = config["chat_template"]
     return t
 
@@ -198,7 +200,7 @@ def test_chats_are_as_the_packages_have_them(kind, style, tmp_path):
         else:
             assert head + learnt == everything[: len(head + learnt)], text
     assert merged == 0 or "bytes" not in kind
-    assert chat.stop_ids(ours) == [ours.eos_id]
+    assert chat.stop_ids(ours) == {ours.eos_id}
     # What users write is text: as many control tokens as with an honest word in its place.
     for forged in FORGED:
         counts = []
@@ -332,9 +334,9 @@ def test_added_tokens_are_found_in_text_and_shown_in_text(tokenizer, tmp_path):
         assert (t.eos_id, t.bos_id, t.opening) == (320, 1, [1])
     assert beside(tokenizer, tmp_path / "absent").legacy is True, "as transformers has it"
     example = data.Example("a", (" <tool>b",))
-    for t in (t, tokenizer):
-        tree = data.token_ids(example, t)
-        assert tree == [[1, *t.encode("a")], [*t.encode(" <tool>b", True), t.eos_id]]
+    for each in (t, tokenizer):
+        tree = data.token_ids(example, each)
+        assert tree == [[1, *each.encode("a")], [*each.encode(" <tool>b", True), each.eos_id]]
 
 
 def test_the_space_after_control_tokens_is_as_legacy_says(tokenizer, tmp_path):
@@ -352,3 +354,116 @@ def test_the_space_after_control_tokens_is_as_legacy_says(tokenizer, tmp_path):
         # The answer goes on in the text of its prompt.
         _, learnt = data.token_ids(data.Example(talk, (turns("a: bad"),)), t)
         assert learnt == [*inside(" bad"), E]
+
+
+# Checkpoints as train.py saves them, in transformers
+
+TALK = turns("s: a | u: the film | a: was | u: the plot")
+SMALL = [
+    "--max_length=64",
+    "--max_prompt_length=40",
+    "--batch_size=2",
+    "--max_steps=1",
+    "--sft_epochs=0",
+]
+
+
+def base_checkpoint(directory, vocab_size: int, generation: dict | None = None, **config):
+    """A tiny random model beside the tokenizer's files that are there."""
+    shape = ModelConfig(vocab_size, 32, 48, 2, 4, 2, 8, eos_token_id=2, bos_token_id=1, **config)
+    save_pretrained(make_model(shape, scale=4.0).float(), directory)
+    if generation:
+        text = json.dumps(generation)
+        (directory / "generation_config.json").write_text(text)
+    return directory
+
+
+def tune(tmp_path, source, rows: list[dict], *flags):
+    """The directory that train.py makes of a checkpoint and some pairs."""
+    path, out = write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
+    run_here(
+        "train.py", f"--data={path}", f"--init_from={source}", f"--out_dir={out}", *SMALL, *flags
+    )
+    return out
+
+
+CHAT_ROWS = [{"prompt": TALK[1:], "chosen": "was", "rejected": "bad"}] * 4
+
+
+@pytest.mark.parametrize("kind", ["bytes, digits, bos", "prepend", "first"])
+def test_a_tuned_checkpoint_is_whole_in_transformers(kind, tmp_path):
+    """Its own files give our ids, and its generate stops where ours does: tokenizer.json as it
+    came, the ends of an answer in generation_config.json, and more rows than tokens."""
+    source = Path(make_json(tmp_path / "source", kind))
+    generation = {"eos_token_id": 2, "bos_token_id": 1, "max_new_tokens": 20}
+    base_checkpoint(source, 640, generation)
+    out = tune(tmp_path, source, CHAT_ROWS)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert json.loads((out / "generation_config.json").read_text()) == generation | {
+        "eos_token_id": [4, 2]
+    }
+    ours, whole = data.Tokenizer(out), transformers.AutoTokenizer.from_pretrained(out)
+    [prompt] = data.token_ids(data.Example(TALK, ()), ours)
+    assert whole.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False) == prompt
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        theirs.lm_head.weight.zero_()
+        theirs.lm_head.bias = torch.nn.Parameter(torch.zeros(640))
+    for end, said in ((4, [4]), (2, [2]), (9, [9] * 20)):  # it says one thing over and over
+        theirs.lm_head.bias.data.zero_()[end] = 1
+        found = theirs.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0)
+        assert found[0, len(prompt) :].tolist() == said
+    assert chat.stop_ids(ours) == {2, 4}
+
+
+def test_a_base_checkpoint_learns_our_template_with_the_chats(tokenizer, tmp_path):
+    """Without a chat template of its own it gets ours, if it was trained on chats; and nothing if
+    it was trained on texts."""
+    source = tmp_path / "source"
+    base_checkpoint(source, 330)
+    (source / "tokenizer.model").write_bytes(tokenizer.proto)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False} | names
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    texts = [{"prompt": "the film", "chosen": " was", "rejected": " bad"}] * 4
+    out = tune(tmp_path, source, texts)
+    assert json.loads((out / "tokenizer_config.json").read_text()) == config
+    assert not (out / "generation_config.json").exists(), "config.json says what ends a text"
+    out = tune(tmp_path, source, CHAT_ROWS)
+    saved = json.loads((out / "tokenizer_config.json").read_text())
+    assert saved == config | {"chat_template": chat.PLAIN_TEMPLATE}
+    ours, whole = data.Tokenizer(out), transformers.AutoTokenizer.from_pretrained(out)
+    [prompt] = data.token_ids(data.Example(TALK, ()), ours)
+    assert whole.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False) == prompt
+
+
+def test_a_new_chat_model_is_the_same_in_transformers(tmp_path):
+    """From nothing: its chats have our ids there."""
+    rows = [{"messages": [*TALK, {"role": "assistant", "content": "was bad!"}]}] * 8
+    path = write_jsonl(tmp_path / "sft.jsonl", rows)
+    out = tmp_path / "out"
+    flags = [
+        "--epochs=0",
+        "--vocab_size=300",
+        "--hidden_size=32",
+        "--num_layers=1",
+        "--num_heads=2",
+    ]
+    run_here("train.py", f"--data={path}", f"--out_dir={out}", "--max_steps=1", *flags)
+    ours, whole = data.Tokenizer(out), transformers.AutoTokenizer.from_pretrained(out)
+    for talk in (TALK, TALK[1:2], turns("u:  x | a:  y | u: \n a")):
+        [prompt] = data.token_ids(data.Example(talk, ()), ours)
+        theirs = whole.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        assert theirs == prompt
+
+
+def test_a_token_that_the_embeddings_lack_is_no_matter(tokenizer, tmp_path):
+    """[PAD] was added, the embeddings were not resized: no text has it."""
+    source = tmp_path / "source"
+    base_checkpoint(source, 320)
+    (source / "tokenizer.model").write_bytes(tokenizer.proto)
+    (source / "added_tokens.json").write_text('{"[PAD]": 320}')
+    out = tune(tmp_path, source, [{"prompt": "a [PAD]", "chosen": " b", "rejected": " c"}] * 2)
+    shown = run_here("sample.py", out, "--prompt=a [PAD]", "--max_new_tokens=2").stdout
+    assert shown.startswith("\na [PAD]\n")
