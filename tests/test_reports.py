@@ -1290,6 +1290,7 @@ def test_the_file_is_aligned_and_its_config_says_float32(tmp_path):
         "bos_token_id": 0,
     }
     values |= {"sliding_window": 120, "eos_token_id": [2, 3], "tie_word_embeddings": True}
+    values["model_type"] = "mistral"
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -1339,12 +1340,16 @@ def test_configs_of_others(tmp_path):
                 load_config(tmp_path)
     for key, value in (("hidden_act", "swish"), ("hidden_act", None), ("attention_bias", None),
                        ("mlp_bias", None), ("partial_rotary_factor", 1.0), ("layer_types", None),
+                       ("layer_types", ["full_attention"] * 2), ("rope_interleaved", False),
+                       ("sliding_window", 300),  # which a llama does not have
                        ("rope_scaling", {"type": "default"}), ("quantization_config", None)):  # fmt: skip
         change(**{key: value})
         assert load_config(tmp_path) == model.config, (key, value)
     del usual["sliding_window"]
     change(model_type="mistral")
-    assert load_config(tmp_path).sliding_window == 4096
+    assert load_config(tmp_path).sliding_window is None, "that is what null says"
+    change(model_type="mistral", sliding_window=300)
+    assert load_config(tmp_path).sliding_window == 300
     change(rope_theta=10.0, rope_parameters={"rope_type": "default", "rope_theta": 30.0})
     assert load_config(tmp_path).rope_theta == 30
     change()
