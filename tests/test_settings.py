@@ -10,7 +10,6 @@ import inspect
 import io
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -907,7 +906,7 @@ def saves_states(before: Run, after: Run):
         rows = [n for n, kind in after.facets[f"{stage} rows"] if kind == "train"]
         assert rows == [2, 4, 5, 6], "a state begins with no sums"
     point = json.loads((after.out / "resume" / "point.json").read_text())
-    where = {"stage": "dpo", "step": 4, "state": "dpo-4", "cwd": os.getcwd()}
+    where = {"stage": "dpo", "step": 4, "state": "dpo-4", "cwd": str(after.out.parent / "cwd")}
     assert point == where | {"settings": after.about["settings"]}
 
 
