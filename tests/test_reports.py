@@ -1345,7 +1345,6 @@ def test_configs_of_others(tmp_path):
                        ("rope_scaling", {"type": "default"}), ("quantization_config", None)):  # fmt: skip
         change(**{key: value})
         assert load_config(tmp_path) == model.config, (key, value)
-    del usual["sliding_window"]
     change(model_type="mistral")
     assert load_config(tmp_path).sliding_window is None, "that is what null says"
     change(model_type="mistral", sliding_window=300)
