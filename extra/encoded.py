@@ -28,7 +28,9 @@ def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Data
         counts.write_text(json.dumps(found), encoding="utf-8")
     run.wait()
     arrays = (np.load(place / f"{array}.npy", mmap_mode="r") for array in ARRAYS)
-    return data.Dataset(*arrays), Counter(json.loads(counts.read_text(encoding="utf-8")))
+    found = Counter(json.loads(counts.read_text(encoding="utf-8")))
+    found.pop("conversations", None)  # is there for extra/checkpoints.py
+    return data.Dataset(*arrays), found
 
 
 def encode_ahead(examples: Iterable[data.Example], tokenizer) -> Iterator[data.Example]:

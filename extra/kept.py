@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torc
 
 
 def digest(dataset, model, checkpoint: Path, run) -> str:
-    key = f"{model.config} {run.bf16} {run.device.type} {torch.__version__}"
+    config = replace(model.config, bos_token_id=None, eos_token_id=None)  # they change no log-prob
+    key = f"{config} {run.bf16} {run.device.type} {torch.__version__}"
     files = {file for place in places_of(checkpoint) for file in place.iterdir()}
     for file in sorted(files):
         if file.suffix in (".safetensors", ".bin"):

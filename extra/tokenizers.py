@@ -16,6 +16,8 @@ from pathlib import Path
 
 import data
 
+# What reading files of other shapes than they should have ends in.
+INVALID = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError)
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -46,29 +48,20 @@ class Described(data.Tokenizer):
         try:
             config = json.loads(self.beside("tokenizer_config.json") or "{}")
             special = json.loads(self.beside("special_tokens_map.json") or "{}") | config
-            texts = {
-                n: t["content"] if isinstance(t, dict) else t
-                for n, t in special.items()
-                if n in NAMED
-            }
-            self.names = {name: text for name, text in texts.items() if text}
+            self.names = {}
+            for name in NAMED:
+                token = special.get(name)
+                if token not in (None, ""):
+                    self.names[name] = token["content"] if isinstance(token, dict) else token
             template = self.beside("chat_template.jinja") or config.get("chat_template")
             if isinstance(template, list):  # several, by name
                 template = {t["name"]: t["template"] for t in template}.get("default")
             self.template = template
             stops = json.loads(self.beside("generation_config.json") or "{}").get("eos_token_id")
-            self.stops = list(
-                map(int, stops if isinstance(stops, list) else [stops] * (stops is not None))
-            )
+            stops = [] if stops is None else stops
+            self.stops = list(stops) if isinstance(stops, list) else [stops]
             self.find_tokens(config)
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            OSError,
-        ) as error:
+        except INVALID as error:
             what = f"{self.path.parent}: its tokenizer files are not valid"
             raise data.DataError(f"{what} ({' '.join(str(error).split())[:200]})") from None
         self.control_ids = set(self.control.values())
@@ -127,6 +120,7 @@ class ModelTokenizer(Described):
         for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if self.names.get(name) not in self.control:
                 self.names[name] = self.start.id_to_piece(i)
+        self.stops.append(self.eos_id)  # the model's own, whatever the files name
         self.bos_id = self.control.get(self.names["bos_token"], self.bos_id)
         self.eos_id = self.control.get(self.names["eos_token"], self.eos_id)
         self.opening, self.add_bos = [self.bos_id], config.get("add_bos_token", True)
@@ -242,29 +236,26 @@ class JsonTokenizer(Described):
         return self.at[place].decode(known, skip_special_tokens=False)
 
 
+# Where a tokenizer.json puts or takes spaces, and what it calls the steps of a sequence there.
+PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+
+
 def without_space(spec: dict, place: str) -> dict:
     """A tokenizer.json for texts at that place: after a control token Metaspace's `first` puts no
     space, inside a text nothing does, and the decoder takes none away."""
     if place == "first":
         return spec
-    parts = {name: copy.deepcopy(spec[name]) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    lists = ("normalizers", "pretokenizers", "decoders")
-    for part, inner in zip(parts, lists):
-        steps = (
-            [parts[part]] if (parts[part] or {}).get("type") != "Sequence" else parts[part][inner]
-        )
-        kept = []
-        for step in filter(None, steps):
-            if step["type"] == "Metaspace" and (
-                place == "inside" or step["prepend_scheme"] == "first"
-            ):
+    changed = {}
+    for part, inner in PARTS.items():
+        steps = copy.deepcopy(spec[part]) or {"type": "Sequence", inner: []}
+        steps = steps[inner] if steps["type"] == "Sequence" else [steps]
+        for step in steps:
+            first = step.get("prepend_scheme") == "first"
+            if step["type"] == "Metaspace" and (first or place == "inside"):
                 step["prepend_scheme"] = "never"
-            if place == "inside" and step["type"] == "ByteLevel":
+            if step["type"] == "ByteLevel" and place == "inside":
                 step["add_prefix_space"] = False
-            puts_or_takes = step["type"] == "Prepend" or (
-                step["type"] == "Strip" and part == "decoder"
-            )
-            if place == "after" or not puts_or_takes:
-                kept.append(step)
-        parts[part] = {"type": "Sequence", inner: kept} if kept else None
-    return spec | parts
+        if place == "inside":
+            steps = [step for step in steps if step["type"] not in ("Prepend", "Strip")]
+        changed[part] = {"type": "Sequence", inner: steps} if steps else None
+    return spec | changed

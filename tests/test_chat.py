@@ -139,7 +139,7 @@ def test_chat_templates(tokenizer, tmp_path, name):
     assert (head + chosen).count(t.bos_id) == (whole.count("<s>") or name != "no bos")
     for response in (chosen, rejected):
         assert response[-1] == control(t)[end] and response.count(control(t)[end]) == 1
-    assert chat.stop_ids(t) == {control(t)[end], t.eos_id}
+    assert chat.stop_ids(t) == {control(t)[end], t.eos_id, 2}
 
     # All answers of a conversation: only they are learnt, each with what ends it.
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": conversation}])

@@ -715,7 +715,7 @@ def notes_of(row: Row, spelling: Spelling, only: int | None):
     """What is counted of a row that is encoded, beside what was made of it."""
     names = ["<s>", "</s>"] + ["<|im_start|>", "<|im_end|>"] * spelling.style.startswith("chatml")
     if isinstance(row.prompt, list) and isinstance(row.prompt[0], dict):
-        yield "conversations"
+        yield chat.CHATS
     elif isinstance(row.prompt, str):
         texts = row.prompt, *([] if row.tie else row.responses[:only])
         if any(name in text for name in names for text in texts):
@@ -824,7 +824,8 @@ def test_every_row_reaches_its_batch(kind, spellings, tmp_path):
             continue
         dataset, found = encode_by(way, examples, spelling.tokenizer, limits, tmp_path)
         if way != "alone":
-            counts += Counter(note for row in rows for note in notes_of(row, spelling, only))
+            notes = (note for row in rows for note in notes_of(row, spelling, only))
+            counts += Counter(n for n in notes if way == "ahead" or n != chat.CHATS)
         assert +found == counts
         assert sequences(dataset) == [ids for example in kept for ids in example.tree]
         if kind == "preferences":
@@ -1115,14 +1116,14 @@ def test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs(spellings, tmp
             found, again = encoded.encode_once(
                 run_at(tmp_path, rank, point), name, never(), tokenizer, *limits
             )
-            notes = {"conversations": int("pairs" in name)}
-            assert +again == +counts + Counter(notes) and counts["examples"] == len(sets[name])
+            assert again == counts and counts["examples"] == len(sets[name])
             for field in ("tokens", "learnt", "offsets", "trees", "facts"):
                 kept, right = getattr(found, field), getattr(dataset, field)
                 assert kept.dtype == right.dtype and isinstance(kept, np.memmap), field
                 np.testing.assert_array_equal(kept, right)
     place = tmp_path / "encoded" / "eval_pairs"
-    assert json.loads((place / "counts.json").read_text()) == fresh["eval pairs"][1]
+    noted = fresh["eval pairs"][1] + Counter({chat.CHATS: 1})
+    assert +Counter(json.loads((place / "counts.json").read_text())) == noted
     names = {"tokens.npy", "learnt.npy", "offsets.npy", "trees.npy", "facts.npy", "counts.json"}
     assert {file.name for file in place.iterdir()} == names
     other, counts = encoded.encode_once(run_at(tmp_path), "pairs", small(5), tokenizer, *limits)

@@ -115,7 +115,7 @@ def near(expected, digits: int = 4):
 ANY = object()  # another value than before; which one another test says
 FIRST, HOTEL = ["film"], ["film", "hotel"]
 CHAT = ["\n\nHuman: hello\n\nAssistant:"]
-FILE = ["The film", "\n\nHuman: hi\n\nAssistant: lo\n\nHuman: 2+2?\n\nAssistant:", [5, 6, 7]]
+FILE = ["The film", "\n\nHuman: hi\n\nAssistant: lo \n\nHuman: 2+2?\n\nAssistant:", [5, 6, 7]]
 TWO = "policy --compare=reference --prompt=film"
 SCORE = "policy --compare=reference --score=texts.jsonl"
 CASES = {  # flags without it, with it, and what is another then

@@ -405,17 +405,17 @@ def test_llama_on_stack_exchange_paired(tmp_path):
 
 
 def test_ids_for_other_tokenizers(tmp_path):
-    """A checkpoint without tokenizer.model trains on token ids; its tokenizer's files go along."""
+    """A checkpoint without a tokenizer that is read here trains on ids; its files go along."""
     rng = np.random.default_rng(0)
     ids = lambda n: rng.integers(3, 97, n).tolist()
     rows = [{"prompt": ids(4), "chosen": ids(3), "rejected": ids(5)} for _ in range(9)]
     path = write_jsonl(tmp_path / "ids.jsonl", rows)
     save_pretrained(make_model(SHAPES["grouped"]).float(), tmp_path / "base")
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "vocab.json").write_text("{}")
     out, flags = tmp_path / "out", ["--max_steps=1", "--max_length=64", "--max_prompt_length=48"]
     files = [f"--init_from={tmp_path / 'base'}", f"--data={path}", f"--out_dir={out}"]
     assert "9 examples" in run_here("train.py", *files, *flags).stdout
-    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "vocab.json").read_text() == "{}"
     rows[4]["chosen"] = [3, 97]
     write_jsonl(tmp_path / "ids.jsonl", rows)
     assert "beyond the model's vocabulary" in run_here("train.py", *files, *flags, expect=2).stderr
