@@ -20,7 +20,7 @@ from experiments import reviews
 from extra.objectives import LOSSES
 from model import load_pretrained, save_pretrained
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPE = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
 
 SMALL = "--hidden_size=32 --num_layers=2 --num_heads=2 --vocab_size=400".split()
 TINY = """--batch_size=8 --micro_batch_tokens=110 --log_every=2 --warmup_steps=2 --beta=1
@@ -358,7 +358,7 @@ def test_your_own_files(tmp_path):
 
 
 def test_llama_on_stack_exchange_paired(tmp_path):
-    """The recipe of the README on a tiny random Llama and a hand-made file in that format: SFT and
+    """The recipe of docs/checkpoints.md on a tiny random Llama and a hand-made file in that format: SFT and
     DPO with adapters, on two ranks, from and to a checkpoint in the Llama layout."""
     rows = [{"qid": i, "question": f"How do I add {i} and {i}?", "response_j": f"It is {2 * i}.",
              "response_k": f"Nobody knows {i}."} for i in range(20)]  # fmt: skip
@@ -366,7 +366,7 @@ def test_llama_on_stack_exchange_paired(tmp_path):
     run_here("experiments/random_llama.py", base, f"--texts={path}")
     config = json.loads((base / "config.json").read_text()) | {"pretraining_tp": 1, "note": "kept"}
     (base / "config.json").write_text(json.dumps(config))
-    recipe = re.search(r"```sh\n(torchrun.*?stack-exchange.*?)```", README, re.DOTALL)[1]
+    recipe = re.search(r"```sh\n(torchrun.*?stack-exchange.*?)```", RECIPE, re.DOTALL)[1]
     sft, dpo = (
         [word for word in command.replace("\\\n", " ").split() if word.startswith("--")][1:]
         for command in recipe.strip().split("\ntorchrun")
