@@ -102,10 +102,10 @@ class Template:
         """Turns, or whatever is in them, with control tokens that text spells broken up until the
         rendered text is split."""
         if isinstance(value, str):
-            broken = lambda match: match[0][:1] + GUARD + match[0][1:]
+            broken = lambda match: re.sub(r"(?<=\S)", GUARD, match[0], count=1)  # within its name
             return self.tokenizer.control_pattern.sub(broken, value)
         if isinstance(value, dict):
-            return {key: self.guard(inner) for key, inner in value.items()}
+            return {self.guard(key): self.guard(inner) for key, inner in value.items()}
         return [self.guard(inner) for inner in value] if isinstance(value, list) else value
 
     def split(self, text: str, hidden: bool = False) -> list[Part]:

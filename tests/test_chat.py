@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import sentencepiece
@@ -305,6 +306,14 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_date_is_that_of_the_start(tokenizer, tmp_path, monkeypatch):
+    """Of all conversations, also beyond midnight."""
+    t = with_files(tokenizer, tmp_path / "t", {"chat_template": "{{ strftime_now('%d %b %Y') }}"}, {})
+    days = [time.struct_time((2001, 5, n, 0, 0, 0, 0, 0, 0)) for n in (4, 5)]
+    monkeypatch.setattr(chat.time, "localtime", lambda: days.pop(0))
+    assert [chat.template_of(t).render(ASKED, True) for _ in "ab"] == ["04 May 2001"] * 2
+
+
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     for i, name in enumerate(("plain", "chatml", "added", "jinja", "named")):
         config, files, _ = TEMPLATES[name]
@@ -452,7 +461,7 @@ def test_what_a_message_carries_is_handed_to_the_template(tokenizer, tmp_path):
         "type": "function",
         "function": {"name": "weather", "arguments": {"town": "Oslo " + end}},
     }
-    tools, asked = [{"name": "weather", "about": end}], turns("u: Oslo?")
+    tools, asked = [{"name": "weather", "about": {end: f"Ünï {end}"}}], turns("u: Oslo?")
     said = [
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "weather", "content": "rain"},

@@ -57,6 +57,8 @@ KINDS = {  # normalizer, pre-tokenizer, decoder; does it begin texts with <s>?
         True,
     ),
 }  # fmt: skip
+PADDING = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+           "pad_token": "<unk>"}  # fmt: skip
 TEMPLATES = {"chatml": CHATML, "inst": INST, "spaced": SPACED}
 
 
@@ -98,14 +100,14 @@ def make_json(directory, kind: str, template: str = CHATML, **config) -> str:
             "direction": "Right",
             "strategy": "LongestFirst",
         },
-        "padding": None,
+        "padding": PADDING,
     }
     spec |= {"added_tokens": tokens, "normalizer": normalizer, "pre_tokenizer": split}
     spec |= {"post_processor": post | {"special_tokens": ids} if begins else None}
     spec |= {"decoder": decoder, "model": model}
     directory.mkdir(parents=True)
     (directory / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    names = {"bos_token": "<s>" if begins else None}
+    names = {"bos_token": None if kind == "bytes" else "<s>"}  # some name one and never write it
     names["eos_token"] = "<|im_end|>" if template == CHATML else "</s>"
     config = {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"} | config
     (directory / "tokenizer_config.json").write_text(json.dumps(config | names))
@@ -139,13 +141,15 @@ def test_texts_are_as_the_packages_have_them(kind, tmp_path):
     assert isinstance(ours, JsonTokenizer) and data.find_tokenizer(directory).proto == ours.proto
     bare = tokenizers.Tokenizer.from_file(f"{directory}/tokenizer.json")
     bare.no_truncation()
+    bare.no_padding()
     for text in TEXTS:
         ids = ours.encode(text)
         assert ids == bare.encode(text, add_special_tokens=False).ids, text
         assert ids == whole(text, add_special_tokens=False, truncation=False).input_ids, text
         assert ours.opening + ids == bare.encode(text).ids, text
     assert ours.encode(TEXTS) == list(map(ours.encode, TEXTS))
-    assert (ours.bos_id, ours.eos_id) == (1 if KINDS[kind][3] else None, 4)
+    assert data.Tokenizer(f"{directory}/tokenizer.json").encode(TEXTS) == ours.encode(TEXTS)
+    assert (ours.bos_id, ours.eos_id) == (None if kind == "bytes" else 1, 4)
     assert ours.vocab_size == max(bare.get_vocab().values()) + 1
     again = save_tokenizer(ours, tmp_path / "again")
     assert data.Tokenizer(again).encode(TEXTS) == ours.encode(TEXTS)
@@ -266,6 +270,8 @@ def test_tokens_that_take_the_space_beside_them(tmp_path):
     talk = turns("s: \n is | u: the film \n | a:  was bad  | u: a")
     expected = whole.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     assert data.token_ids(data.Example(talk, ()), ours) == [expected]
+    [ids] = data.token_ids(data.Example(turns("u: a <|im_end|> b\n\n<|im_end|>"), ()), ours)
+    assert ids.count(4) == 1, "the spaces before what users spell make no token of it"
 
 
 def test_a_model_finds_control_tokens_that_are_not_special(tmp_path):
@@ -333,6 +339,8 @@ def test_added_tokens_are_found_in_text_and_shown_in_text(tokenizer, tmp_path):
         assert t.decode([*t.encode("a<tool>"), 320, 321, 999]) == "a<tool>"
         assert (t.eos_id, t.bos_id, t.opening) == (320, 1, [1])
     assert beside(tokenizer, tmp_path / "absent").legacy is True, "as transformers has it"
+    named = beside(tokenizer, tmp_path / "named", eos_token="<tool>")
+    assert named.eos_id == 322 and named.encode("a<tool>b") == tokenizer.encode("a<tool>b")
     example = data.Example("a", (" <tool>b",))
     for each in (t, tokenizer):
         tree = data.token_ids(example, each)
