@@ -180,8 +180,11 @@ class Template:
                 opened = self.render(history, True, where, context) if i or not answer else begun
             if turn["role"] == "assistant":
                 full = self.render([*history, turn], False, where, context)
-                if not (opened.startswith(done) and full.startswith(opened)):
+                if not opened.startswith(done):
                     raise Rewritten(f"{where}: the chat template rewrites earlier turns")
+                if not full.startswith(opened):
+                    what = "the chat template writes an answer otherwise than it opens one"
+                    raise Rewritten(f"{where}: {what}")
                 said = full[len(opened) :]
                 hidden = turn.get("train") is False
                 parts += self.split(opened[len(done) :], True) + self.answer(said, hidden)
@@ -203,12 +206,8 @@ class Template:
     def last_answers(self, example: data.Example) -> list[list[Part]]:
         """The layout where the template rewrites earlier turns: everything as rendered for the last
         turn of each response, of which alone something is learnt."""
-        turns, context, heads, answers = (
-            self.guard(example.prompt),
-            self.guard(example.context),
-            [],
-            [],
-        )
+        turns, context = self.guard(example.prompt), self.guard(example.context)
+        heads, answers = [], []
         for response in filter(None, map(self.guard, example.responses)):
             history = [*turns, *response[:-1]]
             begun = self.begin(history, True, example.where, context)
@@ -244,34 +243,33 @@ class Template:
         try:
             return self.layout(example)
         except Rewritten:
-            if len(answers_of(example)) > 1:  # separate() makes several examples of it
-                raise
+            if len(example.responses) == 1 and len(answers_in(example.responses[0])) > 1:
+                raise  # separate() makes several examples of it
             return self.last_answers(example)
 
 
-def answers_of(example: data.Example) -> list[int]:
-    """Where in the response of a demonstration the assistant's answers are that are learnt."""
-    if len(example.responses) != 1:
-        return []
-    turns = enumerate(example.responses[0])
-    return [i for i, t in turns if t["role"] == "assistant" and t.get("train") is not False]
+def answers_in(turns: list[dict]) -> list[int]:
+    """Where the assistant's turns are."""
+    return [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
 
 
 def separate(example: data.Example, tokenizer: data.Tokenizer) -> list[data.Example]:
-    """A conversation to be learnt whole, as one example for each answer if the template rewrites
-    earlier turns: so each is learnt in the context that the template gives it."""
-    answers = answers_of(example)
-    if len(answers) < 2:
+    """A conversation to be learnt whole, as one example for each answer that is, if the template
+    rewrites earlier turns: so each is learnt in the context that the template gives it."""
+    if len(example.responses) != 1 or len(answers_in(example.responses[0])) < 2:
         return [example]
     try:
         template_of(tokenizer).layout(example)
+        return [example]
     except Rewritten:
         prompt, [turns] = example.prompt, example.responses
-        return [
-            example._replace(prompt=prompt + turns[:i], responses=(turns[i : i + 1],))
-            for i in answers
-        ]
-    return [example]
+        parts = []
+        for i in answers_in(turns):
+            if turns[i].get("train") is not False:
+                parts.append(
+                    example._replace(prompt=prompt + turns[:i], responses=(turns[i : i + 1],))
+                )
+        return parts or [example._replace(responses=(turns[:1],))]  # of which nothing is learnt
 
 
 def check_written(example: data.Example, tokenizer: data.Tokenizer):

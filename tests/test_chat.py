@@ -291,7 +291,7 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
     for i, (template, talk, message) in enumerate((
         (LLAMA2, "u: a | u: b", "refuses the turns .*roles must alternate"),
         (None, "u: a | t: b", "refuses the turns"),
-        (forgetful, "u: a", "rewrites earlier turns"),
+        (forgetful, "u: a", "writes an answer otherwise than it opens one"),
         ("{{ messages[0].content // 2 }}", "u: a", "refuses the turns"),
         ("{{ messages.__class__.__mro__ }}", "u: a", "refuses the turns .*unsafe"),
     )):  # fmt: skip
@@ -308,7 +308,9 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
 
 def test_a_date_is_that_of_the_start(tokenizer, tmp_path, monkeypatch):
     """Of all conversations, also beyond midnight."""
-    t = with_files(tokenizer, tmp_path / "t", {"chat_template": "{{ strftime_now('%d %b %Y') }}"}, {})
+    t = with_files(
+        tokenizer, tmp_path / "t", {"chat_template": "{{ strftime_now('%d %b %Y') }}"}, {}
+    )
     days = [time.struct_time((2001, 5, n, 0, 0, 0, 0, 0, 0)) for n in (4, 5)]
     monkeypatch.setattr(chat.time, "localtime", lambda: days.pop(0))
     assert [chat.template_of(t).render(ASKED, True) for _ in "ab"] == ["04 May 2001"] * 2
@@ -437,9 +439,15 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer, tmp_path):
     ahead = [[e.prompt, *e.responses] for e in encoded.encode_ahead([example], t)]
     assert ahead == [encode(part, t) for part in parts]
     hidden = [talk[1] | {"train": False}, *talk[2:]]
-    assert chat.separate(example._replace(responses=(hidden,)), t) == [
-        example._replace(responses=(hidden,))
-    ]
+    [second] = chat.separate(example._replace(responses=(hidden,)), t)
+    assert encode(second, t) == encode(parts[1], t), "the first is read as its history"
+    silent = [turn | {"train": False} for turn in talk[1:]]
+    [nothing] = chat.separate(example._replace(responses=(silent,)), t)
+    assert max(encode(nothing, t)[1]) < 0, "it is dropped, and counted"
+    strange = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "<|im_start|>assistant <think>")
+    strange = chatml(tokenizer, tmp_path / "s", strange)
+    with pytest.raises(data.DataError, match="x:1: .*an answer otherwise than it opens one"):
+        encode(data.Example(talk[:1], (turns("a: b"),), "x:1"), strange)
     with pytest.raises(data.DataError, match="x:1: the chat template rewrites earlier turns"):
         encode(example, t)  # alone there is nowhere to put the second
     # Pairs: one answer each, or several; then the last is learnt, after what both share.
