@@ -270,7 +270,7 @@ def bring(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
                 shutil.copy(beside / name, directory)
     elif tokenizer:
         beside = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-        for name in TOKENIZER_FILES - {"tokenizer.model"}:  # that one is written already
+        for name in TOKENIZER_FILES - {*VOCABULARIES}:  # the one that counts is written already
             if (beside / name).is_file() and beside.resolve() != directory.resolve():
                 shutil.copy(beside / name, directory)
 

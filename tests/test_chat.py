@@ -308,7 +308,9 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
 
 def test_a_date_is_that_of_the_start(tokenizer, tmp_path, monkeypatch):
     """Of all conversations, also beyond midnight."""
-    t = with_files(tokenizer, tmp_path / "t", {"chat_template": "{{ strftime_now('%d %b %Y') }}"}, {})
+    t = with_files(
+        tokenizer, tmp_path / "t", {"chat_template": "{{ strftime_now('%d %b %Y') }}"}, {}
+    )
     days = [time.struct_time((2001, 5, n, 0, 0, 0, 0, 0, 0)) for n in (4, 5)]
     monkeypatch.setattr(chat.time, "localtime", lambda: days.pop(0))
     assert [chat.template_of(t).render(ASKED, True) for _ in "ab"] == ["04 May 2001"] * 2

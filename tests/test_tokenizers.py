@@ -489,6 +489,25 @@ def test_a_new_chat_model_is_the_same_in_transformers(tmp_path):
         assert theirs == prompt
 
 
+def test_a_new_model_has_the_tokenizer_that_it_is_given(tokenizer, tmp_path):
+    """With the files beside it, but not another one that lies there, which would be read first."""
+    source = Path(make_json(tmp_path / "source", "bytes"))
+    (source / "tokenizer.model").write_bytes(tokenizer.proto)
+    path = write_jsonl(tmp_path / "pairs.jsonl", CHAT_ROWS)
+    shape = ["--hidden_size=32", "--num_layers=1", "--num_heads=2"]
+    for name, other in (
+        ("tokenizer.json", "tokenizer.model"),
+        ("tokenizer.model", "tokenizer.json"),
+    ):
+        out, given = tmp_path / name, f"--tokenizer={source / name}"
+        run_here("train.py", f"--data={path}", given, f"--out_dir={out}", *shape, *SMALL)
+        for kept in (name, "tokenizer_config.json"):
+            assert (out / kept).read_bytes() == (source / kept).read_bytes()
+        assert not (out / other).exists()
+        ours = data.Tokenizer(source / name)
+        assert data.find_tokenizer(out).encode("the film") == ours.encode("the film")
+
+
 def test_a_token_that_the_embeddings_lack_is_no_matter(tokenizer, tmp_path):
     """[PAD] was added, the embeddings were not resized: no text has it."""
     source = tmp_path / "source"
