@@ -12,7 +12,7 @@ from conftest import make_model, run_here, save_tokenizer, turns, write_jsonl
 
 import data
 from extra import chat, encoded
-from extra.checkpoints import complete_tokenizer
+from extra.checkpoints import TOKENIZER_FILES, complete_tokenizer
 from extra.tokenizers import JsonTokenizer, ModelTokenizer, without_space
 from model import ModelConfig, save_pretrained
 
@@ -490,22 +490,25 @@ def test_a_new_chat_model_is_the_same_in_transformers(tmp_path):
 
 
 def test_a_new_model_has_the_tokenizer_that_it_is_given(tokenizer, tmp_path):
-    """With the files beside it, but not another one that lies there, which would be read first."""
+    """With the files beside it, but not another one that lies there, or that another run left:
+    it would be read first."""
     source = Path(make_json(tmp_path / "source", "bytes"))
     (source / "tokenizer.model").write_bytes(tokenizer.proto)
     path = write_jsonl(tmp_path / "pairs.jsonl", CHAT_ROWS)
     shape = ["--hidden_size=32", "--num_layers=1", "--num_heads=2"]
-    for name, other in (
-        ("tokenizer.json", "tokenizer.model"),
-        ("tokenizer.model", "tokenizer.json"),
-    ):
-        out, given = tmp_path / name, f"--tokenizer={source / name}"
-        run_here("train.py", f"--data={path}", given, f"--out_dir={out}", *shape, *SMALL)
-        for kept in (name, "tokenizer_config.json"):
-            assert (out / kept).read_bytes() == (source / kept).read_bytes()
-        assert not (out / other).exists()
-        ours = data.Tokenizer(source / name)
-        assert data.find_tokenizer(out).encode("the film") == ours.encode("the film")
+    out = tmp_path / "out"
+    flags = [f"--data={path}", f"--out_dir={out}", *shape, *SMALL]
+    there = lambda: {file.name for file in out.iterdir()} & TOKENIZER_FILES
+    for name in ("tokenizer.json", "tokenizer.model"):
+        run_here("train.py", *flags, f"--tokenizer={source / name}")
+        assert there() == {name, "tokenizer_config.json"}
+        for file in there():
+            assert (out / file).read_bytes() == (source / file).read_bytes()
+        (out / "chat_template.jinja").write_text("of another run")
+    (out / "tokenizer.json").write_text("of another run")
+    run_here("train.py", *flags, "--vocab_size=300")
+    assert there() == {"tokenizer.model", "tokenizer_config.json"}
+    assert data.find_tokenizer(out).template == chat.PLAIN_TEMPLATE
 
 
 def test_a_token_that_the_embeddings_lack_is_no_matter(tokenizer, tmp_path):
