@@ -247,6 +247,9 @@ def complete(directory: Path, tokenizer, run):
     s = run.settings
     bring(directory, s.init_from, s.tokenizer)
     if tokenizer:
+        if not s.init_from and tokenizer.path.parent.resolve() != directory.resolve():
+            for name in {*VOCABULARIES} - {tokenizer.path.name}:
+                (directory / name).unlink(missing_ok=True)  # another run's, which might count first
         counted = (run.out / "encoded").glob("*/counts.json")
         chats = any(CHATS in read_json(path) for path in counted)
         complete_tokenizer(directory, tokenizer, chats or not s.init_from)
@@ -254,7 +257,8 @@ def complete(directory: Path, tokenizer, run):
 
 def bring(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
     """All else that the config.json of the source says, which the weights come from, and its
-    tokenizer's files; or those of a new model's tokenizer, if it was not trained here."""
+    tokenizer's files; or those of a new model's tokenizer, if it was not trained here. What another
+    run left there goes."""
     if source:
         path, kept = directory / "config.json", read_json(base_of(source) / "config.json")
         kept.pop("rope_parameters", None)  # rope_theta and rope_scaling are read everywhere
@@ -268,10 +272,12 @@ def bring(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
                 (directory / name).unlink(missing_ok=True)  # another run's
             elif beside.resolve() != directory.resolve():
                 shutil.copy(beside / name, directory)
-    elif tokenizer:
+    else:
         beside = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-        for name in TOKENIZER_FILES - {"tokenizer.model"}:  # that one is written already
-            if (beside / name).is_file() and beside.resolve() != directory.resolve():
+        for name in TOKENIZER_FILES - {*VOCABULARIES}:  # the one that counts is written already
+            if not (tokenizer and (beside / name).is_file()):
+                (directory / name).unlink(missing_ok=True)
+            elif beside.resolve() != directory.resolve():
                 shutil.copy(beside / name, directory)
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import SHAPES, make_model, run_here, run_script, write_jsonl
 from test_model import sequence
 
+import data
 from extra import checkpoints
 from extra.checkpoints import base_of, bring, with_tokenizer
 from model import (
@@ -335,6 +336,8 @@ def test_a_tokenizer_is_that_of_the_adapters_or_of_their_base(adapter, place, tm
     (out / "chat_template.jinja").write_text("of another run")
     bring(out, adapter)
     assert with_tokenizer(adapter) == base_of(adapter) == base
+    with pytest.raises(data.DataError, match=f"{base}/tokenizer.model: not a SentencePiece model"):
+        data.find_tokenizer(adapter)
     given = {"tokenizer.model", "tokenizer_config.json", "generation_config.json", "merges.txt"}
     assert names() == {name: json.dumps({name: "of the base"}) for name in given}
     for name in ("tokenizer.json", "chat_template.jinja"):

@@ -370,6 +370,9 @@ def test_every_answer_ends(tokenizer, tmp_path):
     t = chatml(tokenizer, tmp_path / "t", ALPACA)
     [_, (whole, learnt)] = learnt_and_read(t, data.Example(talk[:1], (talk[1:],)))
     assert learnt == ["b\n\n<|im_end|>", "d\n\n<|im_end|>"]
+    hidden = [talk[1] | {"train": False}, *talk[2:]]
+    [_, found] = learnt_and_read(t, data.Example(talk[:1], (hidden,)))
+    assert found == (whole, ["d\n\n<|im_end|>"]), "hidden with its end"
     assert whole == "b\n\n<|im_end|>### Ask:\nc\n\n### Say:\nd\n\n<|im_end|>"
     prompt = prompt_ids(talk[:3], t)
     assert spelled(t, prompt) == " ### Ask:\na\n\n### Say:\nb\n\n### Ask:\nc\n\n### Say:\n"
@@ -436,8 +439,9 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer, tmp_path):
     assert [[text for text, _ in sequences] for sequences in found] == [
         [asked, f"<think>x</think>b{end}"], [again, f"<think>y</think>d{end}"],
     ]  # fmt: skip
-    ahead = [[e.prompt, *e.responses] for e in encoded.encode_ahead([example], t)]
-    assert ahead == [encode(part, t) for part in parts]
+    ahead = list(encoded.encode_ahead([example._replace(notes=("made",))], t))
+    assert [[e.prompt, *e.responses] for e in ahead] == [encode(part, t) for part in parts]
+    assert [e.notes for e in ahead] == [("made", chat.CHATS), ()], "of the row, once"
     hidden = [talk[1] | {"train": False}, *talk[2:]]
     [second] = chat.separate(example._replace(responses=(hidden,)), t)
     assert encode(second, t) == encode(parts[1], t), "the first is read as its history"

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from conftest import (
 from test_model import sequence
 
 from extra import lora
-from extra.checkpoints import bring, complete_tokenizer
+from extra.checkpoints import bring, complete
 from model import (
     CheckpointError,
     ModelConfig,
@@ -441,7 +442,10 @@ def test_a_new_tokenizer_is_saved_with_what_others_want(tokenizer, tmp_path):
     model = Transformer(replace(SHAPES["tied"], vocab_size=320, bos_token_id=1, eos_token_id=2))
     save_pretrained(model.init_weights(0), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.proto)
-    complete_tokenizer(tmp_path, tokenizer, True)
+    settings = SimpleNamespace(
+        init_from="", tokenizer=""
+    )  # a new model, whatever it was trained on
+    complete(tmp_path, tokenizer, SimpleNamespace(settings=settings, out=tmp_path))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "The film was great."
     assert theirs(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]

@@ -1532,6 +1532,7 @@ def test_a_reference_is_found_again_by_whatever_it_depends_on(tmp_path, monkeypa
     assert look()
     (place / "config.json").write_text("two")
     assert look(), "the weights decide"
+    assert look(config=dataclasses.replace(config, eos_token_id=[7])), "ends change no log-prob"
     earlier = {*place.glob("reference-*")}
     (place / "model.safetensors").write_text("seven")
     assert not look() and look()

@@ -12,6 +12,7 @@ from conftest import make_model, run_here, save_tokenizer, turns, write_jsonl
 
 import data
 from extra import chat, encoded
+from extra.checkpoints import TOKENIZER_FILES, complete_tokenizer
 from extra.tokenizers import JsonTokenizer, ModelTokenizer, without_space
 from model import ModelConfig, save_pretrained
 
@@ -217,14 +218,21 @@ def test_chats_are_as_the_packages_have_them(kind, style, tmp_path):
 
 def test_a_list_is_encoded_as_each_alone(tmp_path):
     """Texts and conversations, thousands at a time as train.py encodes them."""
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}  # of " " nothing is left
     for kind in ("bytes", "prepend"):
-        t = data.Tokenizer(make_json(tmp_path / kind, kind))
+        file = Path(make_json(tmp_path / kind, kind), "tokenizer.json")
+        if kind == "bytes":
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": strip}))
+        t = data.Tokenizer(file.parent)
         examples = [data.Example(text, (" a", "b"), "x") for text in TEXTS + FORGED]
         examples += [data.Example(turns(text), (turns("a: b"), turns("a: c"))) for text in CHATS]
         examples += [data.Example("", ("the film",))]
         alone = [data.token_ids(example, t) for example in examples]
         assert [[e.prompt, *e.responses] for e in encoded.encode_ahead(examples, t)] == alone
-        assert alone[-1][0] == (t.opening or [t.eos_id]), "a response is read after something"
+        nothing = [tree[0] for e, tree in zip(examples, alone) if e.prompt in ("", " ")]
+        if kind == "bytes":
+            assert nothing == [[t.eos_id]] * 3, "a response is read after something"
+        assert alone[-1][0] == (t.opening or [t.eos_id])
 
 
 def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
@@ -362,6 +370,19 @@ def test_the_space_after_control_tokens_is_as_legacy_says(tokenizer, tmp_path):
         # The answer goes on in the text of its prompt.
         _, learnt = data.token_ids(data.Example(talk, (turns("a: bad"),)), t)
         assert learnt == [*inside(" bad"), E]
+        bare = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        t = beside(tokenizer, tmp_path / f"c{legacy}", legacy=legacy, chat_template=bare)
+        split = data.Example(turns("u: w"), (turns("a: as"),))
+        assert chat.merges(split, t) is legacy, "▁was is a token, and was is none"
+
+
+def test_what_ends_an_answer_is_saved(tokenizer, tmp_path):
+    """Beside EOS what the template ends a turn with, if chats were trained."""
+    for chats, ends in ((False, None), (True, [2, 320])):
+        t = beside(tokenizer, tmp_path / str(chats), eos_token="</s>", chat_template=CHATML)
+        (t.path.parent / "config.json").write_text('{"eos_token_id": 2}')
+        complete_tokenizer(t.path.parent, t, chats)
+        assert json.loads(t.beside("generation_config.json") or "{}").get("eos_token_id") == ends
 
 
 # Checkpoints as train.py saves them, in transformers
@@ -460,10 +481,34 @@ def test_a_new_chat_model_is_the_same_in_transformers(tmp_path):
     ]
     run_here("train.py", f"--data={path}", f"--out_dir={out}", "--max_steps=1", *flags)
     ours, whole = data.Tokenizer(out), transformers.AutoTokenizer.from_pretrained(out)
+    trained = data.Tokenizer(out / "encoded")
     for talk in (TALK, TALK[1:2], turns("u:  x | a:  y | u: \n a")):
         [prompt] = data.token_ids(data.Example(talk, ()), ours)
+        assert [prompt] == data.token_ids(data.Example(talk, ()), trained)
         theirs = whole.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
         assert theirs == prompt
+
+
+def test_a_new_model_has_the_tokenizer_that_it_is_given(tokenizer, tmp_path):
+    """With the files beside it, but not another one that lies there, or that another run left:
+    it would be read first."""
+    source = Path(make_json(tmp_path / "source", "bytes"))
+    (source / "tokenizer.model").write_bytes(tokenizer.proto)
+    path = write_jsonl(tmp_path / "pairs.jsonl", CHAT_ROWS)
+    shape = ["--hidden_size=32", "--num_layers=1", "--num_heads=2"]
+    out = tmp_path / "out"
+    flags = [f"--data={path}", f"--out_dir={out}", *shape, *SMALL]
+    there = lambda: {file.name for file in out.iterdir()} & TOKENIZER_FILES
+    for name in ("tokenizer.json", "tokenizer.model"):
+        run_here("train.py", *flags, f"--tokenizer={source / name}")
+        assert there() == {name, "tokenizer_config.json"}
+        for file in there():
+            assert (out / file).read_bytes() == (source / file).read_bytes()
+        (out / "chat_template.jinja").write_text("of another run")
+    (out / "tokenizer.json").write_text("of another run")
+    run_here("train.py", *flags, "--vocab_size=300")
+    assert there() == {"tokenizer.model", "tokenizer_config.json"}
+    assert data.find_tokenizer(out).template == chat.PLAIN_TEMPLATE
 
 
 def test_a_token_that_the_embeddings_lack_is_no_matter(tokenizer, tmp_path):
