@@ -248,7 +248,7 @@ def save_model(model, tokenizer, directory: Path, run: Run):
     if run.rank == 0:
         llm.save_pretrained(model, directory, weights)
         if tokenizer:
-            (directory / tokenizer.path.name).write_bytes(tokenizer.proto)
+            (directory / f"tokenizer{tokenizer.path.suffix}").write_bytes(tokenizer.proto)
         with contextlib.suppress(ImportError):
             from extra.checkpoints import complete  # what other programs want beside it
 

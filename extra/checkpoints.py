@@ -248,7 +248,7 @@ def complete(directory: Path, tokenizer, run):
     bring(directory, s.init_from, s.tokenizer)
     if tokenizer:
         if not s.init_from and tokenizer.path.parent.resolve() != directory.resolve():
-            for name in {*VOCABULARIES} - {tokenizer.path.name}:
+            for name in {*VOCABULARIES} - {f"tokenizer{tokenizer.path.suffix}"}:
                 (directory / name).unlink(missing_ok=True)  # another run's, which might count first
         counted = (run.out / "encoded").glob("*/counts.json")
         chats = any(CHATS in read_json(path) for path in counted)

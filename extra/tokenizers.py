@@ -47,7 +47,10 @@ class Described(data.Tokenizer):
         """Read the files beside. Raises DataError."""
         try:
             config = json.loads(self.beside("tokenizer_config.json") or "{}")
-            special = json.loads(self.beside("special_tokens_map.json") or "{}") | config
+            special = json.loads(self.beside("special_tokens_map.json") or "{}")
+            # As transformers has it: of two names, older checkpoints' is in the other file.
+            is_new = "added_tokens_decoder" in config
+            special = special | config if is_new else config | special
             self.names = {}
             for name in NAMED:
                 token = special.get(name)

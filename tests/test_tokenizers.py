@@ -259,6 +259,10 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     listed = json.dumps({"eos_token": "</s>"})
     (tmp_path / "good" / "special_tokens_map.json").write_text(listed)
     assert data.Tokenizer(good).eos_id == 2, "as older checkpoints list them"
+    for more, eos in (({}, "</s>"), ({"added_tokens_decoder": {}}, "<|im_end|>")):
+        (tmp_path / "good" / "tokenizer_config.json").write_text(json.dumps(config | more))
+        assert transformers.AutoTokenizer.from_pretrained(good).eos_token == eos
+        assert data.Tokenizer(good).names["eos_token"] == eos
     with pytest.raises(data.DataError, match=r"none.json: cannot be read \(No such file"):
         data.Tokenizer(tmp_path / "none.json")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -506,6 +510,9 @@ def test_a_new_model_has_the_tokenizer_that_it_is_given(tokenizer, tmp_path):
             assert (out / file).read_bytes() == (source / file).read_bytes()
         (out / "chat_template.jinja").write_text("of another run")
     (out / "tokenizer.json").write_text("of another run")
+    (tmp_path / "spiece.model").write_bytes(tokenizer.proto)
+    run_here("train.py", *flags, f"--tokenizer={tmp_path / 'spiece.model'}")
+    assert data.find_tokenizer(out).proto == tokenizer.proto, "whatever the file was called"
     run_here("train.py", *flags, "--vocab_size=300")
     assert there() == {"tokenizer.model", "tokenizer_config.json"}
     assert data.find_tokenizer(out).template == chat.PLAIN_TEMPLATE
