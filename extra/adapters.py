@@ -48,13 +48,11 @@ def save(model, directory: Path, run):
         stem, _, factor = name.removesuffix(".weight").rpartition(".lora.")
         if stem:
             named[f"base_model.model.model.{stem}.{factors[f'lora.{factor}']}.weight"] = parameter
-    weights = ((n, p.full_tensor() if run.world > 1 else p) for n, p in named.items())
     if run.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "adapter_config.json").unlink(missing_ok=True)  # nothing opens without it
-        write_safetensors(
-            out / "adapter_model.safetensors", {n: p.shape for n, p in named.items()}, weights
-        )
+    write_safetensors(out / "adapter_model.safetensors", named, run.rank == 0)
+    if run.rank == 0:
         base = run.out / "sft" if s.sft_epochs and s.epochs else Path(s.init_from)
         settings = {
             "peft_type": "LORA",
@@ -69,8 +67,6 @@ def save(model, directory: Path, run):
         }
         text = json.dumps(settings, indent=2) + "\n"
         (out / "adapter_config.json").write_text(text, encoding="utf-8")
-    for _ in weights:  # the other ranks take part
-        pass
 
 
 def read_settings(directory: Path) -> dict:

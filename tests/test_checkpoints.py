@@ -671,11 +671,7 @@ for source, out in zip(sys.argv[1::2], sys.argv[2::2]):
     assert sum(p.to_local().numel() for p in parameters) == held <= allowed
     storages = {p.to_local().untyped_storage() for p in parameters}
     assert sum(storage.nbytes() for storage in storages) <= 4 * allowed
-    whole = ((name, p.full_tensor()) for name, p in model.named_parameters())
-    if rank == 0:
-        save_pretrained(model, out, whole)
-    for _ in whole:  # the other ranks take part
-        pass
+    save_pretrained(model, out, writes=rank == 0)
     dist.barrier()
 gc.collect()  # see train.main
 dist.destroy_process_group()
