@@ -52,7 +52,7 @@ class Tokenizer:
     rendered = False  # are texts conversations that a chat template wrote? (extra/chat.py)
 
     def __new__(cls, path: str | Path):
-        """One of the room's classes, if it is there: they know what lies beside, and other kinds."""
+        """Of the room's classes one, if it is there: they know other files, too."""
         if cls is Tokenizer:
             with contextlib.suppress(ImportError):
                 from extra.tokenizers import find_class
@@ -227,8 +227,8 @@ def is_turns(content) -> bool:
 
 
 def token_ids(example: Example, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """[prompt, response, …] before any cut, with BOS and EOS; none of an empty response, ~id of what
-    is read but not learnt. Raises DataError for text without a tokenizer."""
+    """[prompt, response, …] with BOS and EOS, before any cut. An empty response has no ids; what is
+    read but not learnt is ~id. Raises DataError for text without a tokenizer."""
     prompt, *responses = example.prompt, *example.responses
     if isinstance(prompt, list) and not is_turns(prompt):
         return [prompt, *responses]

@@ -253,12 +253,6 @@ def shard(model: Transformer, device: str, world_size: int, gathered: torch.dtyp
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
-def describe(config: ModelConfig) -> dict:
-    """The content of `config.json`."""
-    content = {"architectures": [f"{config.model_type.capitalize()}ForCausalLM"]} | asdict(config)
-    return content | {"hidden_act": "silu", "dtype": "float32", "torch_dtype": "float32"}
-
-
 def load_config(directory: str | Path) -> ModelConfig:
     """Read `config.json`. Raises CheckpointError naming what is missing or not implemented."""
     path = Path(directory) / "config.json"
@@ -363,5 +357,8 @@ def save_pretrained(model: Transformer, directory: str | Path, writes: bool = Tr
         for old in directory.glob(pattern):
             old.unlink()
     new.replace(directory / "model.safetensors")
-    new.write_text(json.dumps(describe(model.config), indent=2) + "\n", encoding="utf-8")
+    kind = f"{model.config.model_type.capitalize()}ForCausalLM"
+    content = {"architectures": [kind]} | asdict(model.config) | {"hidden_act": "silu"}
+    content |= {"dtype": "float32", "torch_dtype": "float32"}
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     new.replace(directory / "config.json")

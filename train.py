@@ -394,8 +394,8 @@ def train(run: Run):
         save_model(model, tokenizer, sft_dir if s.epochs else run.out, run)
     if s.epochs:
         options = {"loss": dpo.find_loss(s.loss), "beta": s.beta, "sft_weight": s.sft_weight}
-        loss_of = partial(dpo.preference_loss, **options, **s.options)
-        loss_of = partial(loss_of, mean_logratio=run.mean_logratio)
+        options |= {"mean_logratio": run.mean_logratio, **s.options}
+        loss_of = partial(dpo.preference_loss, **options)
         checkpoint = sft_dir if s.sft_epochs else s.init_from
         both = (sets.get(name) for name in ("pairs", "eval pairs"))
         both = [dataset and with_reference(dataset, model, checkpoint, run) for dataset in both]

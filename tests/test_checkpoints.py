@@ -26,7 +26,6 @@ from model import (
     CheckpointError,
     ModelConfig,
     Transformer,
-    describe,
     fill,
     load_config,
     load_pretrained,
@@ -573,7 +572,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 def test_old_and_sparse_configs_open(tmp_path):
     """Keys that early checkpoints lack have transformers' defaults."""
     path = tmp_path / "config.json"
-    config, write = describe(CHECKPOINTS["Llama 2"]), lambda c: path.write_text(json.dumps(c))
+    config, write = vars(CHECKPOINTS["Llama 2"]), lambda c: path.write_text(json.dumps(c))
     kept = "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     given = {key: config[key] for key in kept}
     write(given | {"rope_scaling": None, "pretraining_tp": 2})
