@@ -117,7 +117,7 @@ class Run:
     def __init__(self, settings: Settings):
         self.settings, self.config = settings, dataclasses.asdict(settings)
         self.out, self.wandb = Path(settings.out_dir), None
-        self.since, self.counts = 0.0, Counter()  # of `rates`
+        self.since, self.counts = 0.0, Counter()  # for `rates`
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
@@ -127,7 +127,7 @@ class Run:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         if cuda:
             torch.cuda.set_device(self.device)
-        # Of the step before, for the losses that ask.
+        # () of the step before, for the losses that ask: dpo.Pairs.
         self.mean_logratio = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
@@ -241,12 +241,10 @@ def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> 
 
 def save_model(model, tokenizer, directory: Path, run: Run):
     """Write a checkpoint directory, one whole weight at a time. (all ranks)"""
-    s = run.settings
-    if s.lora_rank:
-        from extra import adapters, lora
+    if run.settings.lora_rank:
+        from extra.adapters import finish
 
-        adapters.save(model, directory, run)  # if wanted: once they are merged they are zero
-        lora.merge(model)
+        finish(model, directory, run)  # they are merged into the model's weights
     llm.save_pretrained(model, directory, writes=run.rank == 0)
     if run.rank == 0:
         if tokenizer:
@@ -304,7 +302,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         run.record(stage, {"step": 0} | test())
     run.since = time.perf_counter()
     for step in range(first, steps):
-        # Which examples, and which of them here: pure functions of the step.
+        # Which examples: a pure function of the step, as is which of them are this rank's.
         order = data.order_of(step // per_epoch, len(train), s.seed if s.shuffle else None)
         examples = order[step % per_epoch * s.batch_size :][: s.batch_size]
         for group in optimizer.param_groups:

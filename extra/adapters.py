@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from extra import lora
 from extra.checkpoints import places_of, read_bin, read_files, read_json
 from model import CheckpointError, read_safetensors, write_safetensors
 
@@ -32,6 +33,12 @@ IMPLEMENTED = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base
 }
 OFF = (None, False, [], {}, "")
+
+
+def finish(model, directory: Path, run):
+    """What becomes of adapters when their model is saved. (all ranks)"""
+    save(model, directory, run)  # first: once they are merged they are zero
+    lora.merge(model)
 
 
 def save(model, directory: Path, run):
