@@ -63,7 +63,7 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         """Read a tokenizer.model, or the one in a directory. Raises DataError."""
         path = Path(path)
-        self.path = path = path / "tokenizer.model" if path.is_dir() else path
+        path = path / "tokenizer.model" if path.is_dir() else path
         try:
             self.proto = path.read_bytes()
             self.start = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
@@ -72,7 +72,7 @@ class Tokenizer:
         except RuntimeError:
             raise DataError(f"{path}: not a SentencePiece model") from None
         self.inside = sentencepiece.SentencePieceProcessor(model_proto=self.proto + self.CONTINUE)
-        self.vocab_size = self.start.vocab_size()
+        self.path, self.vocab_size = path, self.start.vocab_size()
         self.bos_id, self.eos_id = self.start.bos_id(), self.start.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise DataError(f"{path}: the tokenizer needs a BOS and an EOS piece")

@@ -336,10 +336,10 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
 
 def state_of(model, optimizer, run: Run) -> dict:
     """What a run resumes from: what is trained and its moments, sharded as they are. (all ranks)"""
-    from torch.distributed.checkpoint import state_dict as dcp_state
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    options = dcp_state.StateDictOptions(ignore_frozen_params=True)
-    weights, moments = dcp_state.get_state_dict(model, optimizer, options=options)
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments, "mean_logratio": run.mean_logratio}
 
 
