@@ -78,9 +78,9 @@ def sft_loss(logps: Tensor, batch) -> tuple[Tensor, dict]:
 def preference_loss(
     logps: Tensor, batch, mean_logratio=0.0, *, loss, beta: float, sft_weight=0.0, **options
 ) -> tuple[Tensor, dict]:
-    """The loss of a micro-batch, and what is logged, by TRL's names: sums over its pairs by their
-    weights, the first to be divided by the examples of the step, the others by `count`. sft_weight:
-    α of an added α·NLL of the chosen response, a mean over its tokens (RPO, 2404.19733 Eq. 1)."""
+    """The loss of a micro-batch, and what is logged, as TRL names and defines it: sums over its
+    pairs by their weights, to be divided by the examples of the step, or by `count`. sft_weight: α
+    of an added α·NLL of the chosen response, a mean over its tokens (RPO, 2404.19733 Eq. 1)."""
     w, l = batch.chosen, batch.rejected  # noqa: E741
     size, ref = batch.lengths.to(logps.dtype), batch.reference
     both = logps[w], logps[l], ref[w], ref[l], size[w], size[l]
@@ -113,7 +113,8 @@ def preference_loss(
 
 @torch.no_grad()
 def reference_logps(model, batches: Iterable, responses: int) -> Tensor:
-    """log π_ref, (responses,) in float64, by the function of training; 0 of those in no batch."""
+    """log π_ref, (responses,) in float64, 0 of those in no batch: by the function of training, and
+    under its autocast."""
     values = torch.zeros(responses, dtype=torch.float64)
     for batch in batches:  # a rank without work has a stand-in (data.collate), whose sum is 0
         values[batch.ids] += sequence_logps(model, batch).double().cpu()

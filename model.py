@@ -1,7 +1,8 @@
 """The language model: a Llama-style decoder that runs on one packed stream of tokens.
 
-There is no batch dimension and no padding: a micro-batch is one stream, all prompts, then all their
-responses. Only responses are predicted. Parameters have the names of Hugging Face's Llama.
+There is no batch dimension and no padding: a micro-batch is one stream, all its prompts first, then
+all their responses, and every tensor inside is (T, …). Only responses are predicted, and few logits
+exist at a time. Parameters are named as in Hugging Face's Llama checkpoints.
 
 Shapes: T rows of the stream, M targets, S segments, C width, H heads, D head size, V vocabulary.
 """
@@ -93,7 +94,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def segment_attention(segments: Tensor, device: torch.device) -> Callable:
     """Who sees whom: a row of the stream sees the rows of its prompt, and those of its own segment
     up to itself. Segments, (S, 4) on the CPU, are rows (prompt_start, prompt_size, start, size), in
-    order; a prompt is one that has no prompt. Returns attend(q, k, v): queries (Q, H, D) of the
+    order; a prompt is one without a prompt. Returns attend(q, k, v): queries (Q, H, D) of the
     segments, one after the other, keys and values (T, H_kv, D) of the whole stream -> (Q, H, D).
     extra/attention.py has it in far fewer calls."""
 
@@ -280,7 +281,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], writes: bool = True):
-    """In float32, one whole weight after another. (all ranks, one of which writes)"""
+    """A file in float32, one whole weight after another. (all ranks, one of which writes)"""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, weight in weights.items():
         begin, end = end, end + 4 * weight.numel()
@@ -342,7 +343,7 @@ def load_pretrained(directory: str | Path) -> Transformer:
 
 @torch.no_grad()
 def save_pretrained(model: Transformer, directory: str | Path, writes: bool = True):
-    """Write a checkpoint directory in the Llama layout. (all ranks, one of which writes) A kill
+    """Write a checkpoint in the Llama layout, in float32. (all ranks, one of which writes) A kill
     leaves the old one, or one without config.json, which nothing opens, but never a mixture."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from model import CheckpointError, Transformer, load_pretrained
 
 def sample_tokens(logits, generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
     """One token id of each row of (B, V) logits: temperature, then top-k, then top-p (nucleus)."""
-    if temperature == 0:  # greedy
+    if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -48,10 +48,10 @@ def sample_tokens(logits, generator, temperature: float = 1.0, top_k: int = 0, t
 def generate(
     model, prompts: list, max_new_tokens: int, eos_id, seed=0, on_token=None, compile=False, **shape
 ) -> list[list[int]]:
-    """Sample one continuation of every prompt, at least one token id each. Returns the new ids of
+    """Sample one continuation of every prompt, of one token id or more. Returns the new ids of
     each, ending in an eos_id (one or several) unless cut off at max_new_tokens. on_token: is called
-    with the B ids of every step. compile: each step as one graph. shape: temperature, top_k, top_p
-    of sample_tokens. Raises CheckpointError beyond a sliding window or the vocabulary."""
+    with the B ids of every step. compile: each step as one graph. shape: temperature (0: greedy),
+    top_k, top_p. Raises CheckpointError beyond a sliding window or the vocabulary."""
     assert prompts and all(prompts), "at least one prompt, and at least one token in each"
     device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
     generator = torch.Generator(device).manual_seed(seed)

@@ -91,7 +91,8 @@ def test_it_runs_without_its_rooms(tmp_path):
     assert "Rate film 3:" in shown
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps(rows[0]) + "\nno JSON\n")
-    command = [sys.executable, house / "train.py", f"--data={broken}", f"--out_dir={rooms}"]
+    command = [sys.executable, house / "train.py", f"--data={broken}", f"--init_from={whole}"]
+    command.append(f"--out_dir={rooms}")
     refused = subprocess.run(command, check=False, capture_output=True, text=True, cwd=house)
     [sentence] = refused.stderr.splitlines()
     assert refused.returncode == 2
