@@ -42,9 +42,9 @@ class DataError(ValueError):
 
 class Tokenizer:
     """A SentencePiece model, with the one rule that DPO needs: responses continue their prompt.
-    Prompt and response are encoded apart and joined, so that a prompt's ids never depend on its
-    response, and `decode(prompt_ids + response_ids) == prompt + response` (for models without text
-    normalisation, as Llama's, and texts without ▁, their space). Text never yields control ids."""
+    Both are encoded apart and joined, so that a prompt's ids never depend on its response, and
+    `decode(prompt_ids + response_ids) == prompt + response` (for models without normalisation, as
+    Llama's, and texts without ▁, their space). Text never yields control ids."""
 
     # Protobuf messages concatenate by merging: this sets normalizer_spec.add_dummy_prefix and
     # remove_extra_whitespaces to false, for a second processor that invents and removes no space.
@@ -52,7 +52,7 @@ class Tokenizer:
     rendered = False  # are texts conversations that a chat template wrote? (extra/chat.py)
 
     def __new__(cls, path: str | Path):
-        """One of the room's classes, if it is there: they know what lies beside, and other kinds."""
+        """Of the room's classes one, if it is there: they know other files, too."""
         if cls is Tokenizer:
             with contextlib.suppress(ImportError):
                 from extra.tokenizers import find_class
@@ -143,22 +143,26 @@ def read_point(out: Path) -> dict:
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) of JSON lines, gzipped or not, or of an array; no blank lines."""
-    where, empty = path, True
+    where, row = path, None
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 if line.strip():
-                    row, empty = json.loads(line.decode("utf-8-sig")), False
+                    row = json.loads(line.decode("utf-8-sig"))
                     if not isinstance(row, dict):
                         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
                     yield where, row
-        if empty:
+        if row is None:
             raise ValueError("the file is empty")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        from extra.files import read_array  # or one sentence says what is wrong
-
-        yield from read_array(path, where, error)
+        reason = getattr(error, "strerror", None) or error
+        sentence = f"{where}: cannot be read as JSON lines ({reason})"
+        try:
+            from extra.files import read_array  # an array, or how it becomes JSON lines
+        except ImportError:
+            raise DataError(sentence) from None
+        yield from read_array(path, sentence)
 
 
 def plain(where: str, row: dict, kind: str) -> Example | None:
@@ -175,8 +179,8 @@ def plain(where: str, row: dict, kind: str) -> Example | None:
 
 
 def read_examples(paths: str, kind: str) -> Iterator[Example]:
-    """What the rows of files (comma-separated) are, one at a time. Raises DataError. kind:
-    preferences; demonstrations, of which preferences bring the best; or prompts, of any row."""
+    """The rows of files (comma-separated). Raises DataError. kind: preferences; demonstrations, of
+    which preferences bring the best; or prompts, of any row."""
     for path in filter(None, paths.split(",")):
         for where, row in read_jsonl(path):
             if (example := plain(where, row, kind)) is None:
@@ -223,8 +227,8 @@ def is_turns(content) -> bool:
 
 
 def token_ids(example: Example, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """[prompt, response, …], BOS and EOS included, before any cut. An empty response has no ids; of
-    what is read but not learnt there is ~id. Raises DataError for text without a tokenizer."""
+    """[prompt, response, …] with BOS and EOS, before any cut. An empty response has no ids; what is
+    read but not learnt is ~id. Raises DataError for text without a tokenizer."""
     prompt, *responses = example.prompt, *example.responses
     if isinstance(prompt, list) and not is_turns(prompt):
         return [prompt, *responses]
@@ -283,9 +287,8 @@ def encode(
     examples: Iterable[Example], tokenizer: Tokenizer | None, max_length: int, max_prompt: int
 ) -> tuple[Dataset, Counter]:
     """Encode, cut what is too long, drop what that spoils, and count both. A prompt over
-    `max_prompt` tokens (BOS included) loses its beginning, keeping BOS. A response that would pass
-    `max_length` together with its prompt loses its end, and has no EOS then. Raises DataError if no
-    example remains."""
+    `max_prompt` tokens loses its beginning, but for BOS; a response that passes `max_length` with
+    its prompt loses its end, and EOS. Raises DataError if no example remains."""
     counts, facts = Counter(examples=0), []
 
     def trees():
@@ -332,9 +335,8 @@ class Batch:
 
 
 def collate(dataset: Dataset, examples: np.ndarray) -> Batch:
-    """Pack the examples (indices) into one stream. Without any, a rank that has no work in this
-    round gets a stand-in: an example of weight 0, of which nothing is learnt, so that it takes part
-    in every collective and adds nothing."""
+    """Pack the examples (indices) into one stream. Without any, a rank gets a stand-in, an example
+    of weight 0, of which nothing is learnt: it takes part in every collective and adds nothing."""
     real = len(examples) > 0
     examples = examples if real else np.array([0])
     tokens, positions, segments, trunks, start = [], [], [], [], 0
@@ -404,6 +406,7 @@ def pack(lengths: np.ndarray, examples: np.ndarray, budget: int, world_size: int
         count += 1 + count // 16
 
 
+@functools.lru_cache(maxsize=1)
 def order_of(epoch: int, total: int, seed: int | None) -> np.ndarray:
     """The order of the examples in an epoch; without a seed that of the data."""
     order = np.arange(total)

@@ -69,7 +69,7 @@ def sequence_logps(model, batch) -> Tensor:
     return sums.index_add(0, batch.response, (logps * batch.learnt).double()).to(logps.dtype)
 
 
-def sft_loss(logps: Tensor, batch, mean_logratio=0.0) -> tuple[Tensor, dict]:
+def sft_loss(logps: Tensor, batch) -> tuple[Tensor, dict]:
     """Negative log-likelihood of the demonstrations: the sum over their tokens, and for metrics."""
     total = -logps.sum()
     return total, {"loss": total.detach().double(), "count": batch.learnt.sum().double()}
@@ -78,10 +78,9 @@ def sft_loss(logps: Tensor, batch, mean_logratio=0.0) -> tuple[Tensor, dict]:
 def preference_loss(
     logps: Tensor, batch, mean_logratio=0.0, *, loss, beta: float, sft_weight=0.0, **options
 ) -> tuple[Tensor, dict]:
-    """The loss of a micro-batch, and what is logged: both are sums over its pairs by their weights.
-    The first is to be divided by the examples of the whole step, the others by `count`. Names and
-    definitions are TRL's where it has them. loss: of find_loss. sft_weight: α of an added α·NLL of
-    the chosen response, a mean over its tokens (RPO, 2404.19733 Eq. 1)."""
+    """The loss of a micro-batch, and what is logged, as TRL names and defines it: sums over its
+    pairs by their weights, to be divided by the examples of the step, or by `count`. sft_weight: α
+    of an added α·NLL of the chosen response, a mean over its tokens (RPO, 2404.19733 Eq. 1)."""
     w, l = batch.chosen, batch.rejected  # noqa: E741
     size, ref = batch.lengths.to(logps.dtype), batch.reference
     both = logps[w], logps[l], ref[w], ref[l], size[w], size[l]
@@ -114,8 +113,8 @@ def preference_loss(
 
 @torch.no_grad()
 def reference_logps(model, batches: Iterable, responses: int) -> Tensor:
-    """log π_ref of the batches' responses, (responses,) in float64, 0 of those in none of them. By
-    the same function as in training, under the same autocast."""
+    """log π_ref, (responses,) in float64, 0 of those in no batch: by the function of training, and
+    under its autocast."""
     values = torch.zeros(responses, dtype=torch.float64)
     for batch in batches:  # a rank without work has a stand-in (data.collate), whose sum is 0
         values[batch.ids] += sequence_logps(model, batch).double().cpu()

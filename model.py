@@ -91,30 +91,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
-# Who sees whom: a row of the stream sees the rows of its prompt, and those of its own segment up to
-# itself. Segments, (S, 4) on the CPU, are rows (prompt_start, prompt_size, start, size), in order;
-# a prompt is a segment that has no prompt.
-
-
-def rows_seen(segments: Tensor) -> list[Tensor]:
-    """Of each segment the rows of the stream that it sees: its prompt's, then its own."""
-    seen = []
-    for prompt_start, prompt_size, start, size in segments.tolist():
-        prompt = torch.arange(prompt_start, prompt_start + prompt_size)
-        seen.append(torch.cat([prompt, torch.arange(start, start + size)]))
-    return seen
-
-
 def segment_attention(segments: Tensor, device: torch.device) -> Callable:
-    """attend(q, k, v): queries (Q, H, D) of the segments, one after the other, keys and values
-    (T, H_kv, D) of the whole stream -> (Q, H, D). extra/attention.py has it in far fewer calls."""
-    seen, sizes = [rows.to(device) for rows in rows_seen(segments)], segments[:, 3].tolist()
+    """Who sees whom: a row of the stream sees the rows of its prompt, and those of its own segment
+    up to itself. Segments, (S, 4) on the CPU, are rows (prompt_start, prompt_size, start, size), in
+    order; a prompt is one without a prompt. Returns attend(q, k, v): queries (Q, H, D) of the
+    segments, one after the other, keys and values (T, H_kv, D) of the whole stream -> (Q, H, D).
+    extra/attention.py has it in far fewer calls."""
 
     def attend(q, k, v):
         outputs = []
-        for rows, own in zip(seen, q.split(sizes)):
-            sees = torch.ones(len(own), len(rows), dtype=torch.bool, device=device)
-            sees = sees.tril(len(rows) - len(own))  # (m, n), causal from the bottom right
+        queries = q.split(segments[:, 3].tolist())
+        for own, (prompt_start, prompt_size, start, size) in zip(queries, segments.tolist()):
+            prompt = torch.arange(prompt_start, prompt_start + prompt_size)
+            rows = torch.cat([prompt, torch.arange(start, start + size)]).to(device)
+            sees = torch.ones(size, len(rows), dtype=torch.bool, device=device)  # (m, n)
+            sees = sees.tril(prompt_size)  # all of the prompt, and its own rows up to itself
             qkv = (x.transpose(0, 1)[None] for x in (own, k[rows], v[rows]))  # (1, H, m or n, D)
             out = F.scaled_dot_product_attention(*qkv, sees, enable_gqa=True)
             outputs.append(out[0].transpose(0, 1))
@@ -225,9 +216,9 @@ class Transformer(nn.Module):
         return self
 
     def forward(self, tokens, positions, attention, targets=None, rows=None):
-        """Log-probs of the targets, (M,), in nats; they are predicted by the stream's last M rows.
-        tokens, positions: (T,). attention: segments (S, 4), prompts before responses; or, when
-        sampling, what attends in each layer. Without targets: logits of the given rows, (·, V)."""
+        """Log-probs of the targets, (M,), in nats, which the stream's last M rows predict. tokens,
+        positions: (T,). attention: segments (S, 4), prompts first; or, when sampling, what attends
+        in each layer. Without targets: logits, (·, V), of the given rows, or of all."""
         x = self.embed_tokens(tokens)  # (T, C)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # also where FSDP gathers bf16
         cos, sin = rotary(positions, self.config, x.dtype)
@@ -241,9 +232,9 @@ class Transformer(nn.Module):
             attends = [packed(attention, x.device)] * (len(self.layers) - 1)
             attends.append(packed(attention[asking], x.device))
         recomputed = self.activation_checkpointing and torch.is_grad_enabled()
-        for i, layer in enumerate(self.layers):
+        for layer, attend in zip(self.layers, attends):
             # Of the last layer only what predicts something is needed.
-            inputs = x, cos, sin, attends[i], last if layer is self.layers[-1] else len(tokens)
+            inputs = x, cos, sin, attend, last if layer is self.layers[-1] else len(tokens)
             x = checkpoint(layer, *inputs, use_reentrant=False) if recomputed else layer(*inputs)
         weight = (self.lm_head or self.embed_tokens).weight  # (V, C)
         if targets is None:
@@ -261,12 +252,6 @@ def shard(model: Transformer, device: str, world_size: int, gathered: torch.dtyp
     precision = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):  # the root, too, frees its weights after a forward
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-
-
-def describe(config: ModelConfig) -> dict:
-    """The content of `config.json`."""
-    content = {"architectures": [f"{config.model_type.capitalize()}ForCausalLM"]} | asdict(config)
-    return content | {"hidden_act": "silu", "dtype": "float32", "torch_dtype": "float32"}
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -295,18 +280,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def write_safetensors(path: Path, shapes: dict[str, torch.Size], weights):
-    """Names and values, in the order of `shapes`, in float32, one weight after another."""
+def write_safetensors(path: Path, weights: dict[str, Tensor], writes: bool = True):
+    """A file in float32, one whole weight after another. (all ranks, one of which writes)"""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * shape.numel()
-        header[name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [begin, end]}
+    for name, weight in weights.items():
+        begin, end = end, end + 4 * weight.numel()
+        header[name] = {"dtype": "F32", "shape": [*weight.shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, weight in weights:
-            file.write(weight.detach().to("cpu", torch.float32).contiguous().numpy())
+    with open(path, "wb") if writes else contextlib.nullcontext() as file:
+        if writes:
+            file.write(struct.pack("<Q", len(text)) + text)
+        for weight in weights.values():
+            whole = weight.full_tensor() if hasattr(weight, "placements") else weight
+            if writes:
+                file.write(whole.detach().to("cpu", torch.float32).contiguous().numpy())
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
@@ -354,21 +342,24 @@ def load_pretrained(directory: str | Path) -> Transformer:
 
 
 @torch.no_grad()
-def save_pretrained(model: Transformer, directory: str | Path, weights=None):
-    """Write a checkpoint directory in the Llama layout, in float32, one weight after another.
-    weights: names and values of all parameters, where the model's own are sharded. A kill leaves
-    the old checkpoint, or one without config.json, which nothing opens, but never a mixture."""
+def save_pretrained(model: Transformer, directory: str | Path, writes: bool = True):
+    """Write a checkpoint in the Llama layout, in float32. (all ranks, one of which writes) A kill
+    leaves the old one, or one without config.json, which nothing opens, but never a mixture."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    own = lambda named: ((name, x) for name, x in named if ".lora." not in name)  # merged before
     in_file = lambda name: name if name == "lm_head.weight" else f"model.{name}"
-    shapes = {in_file(name): p.shape for name, p in own(model.named_parameters())}
+    own = {in_file(n): p for n, p in model.named_parameters() if ".lora." not in n}  # it is merged
     new = directory / "saving.tmp"
-    write_safetensors(new, shapes, own(weights or model.named_parameters()))
+    write_safetensors(new, own, writes)
+    if not writes:
+        return
     (directory / "config.json").unlink(missing_ok=True)  # nothing opens without it: written last
     for pattern in ("model*.safetensors*", "pytorch_model*.bin*", "reference-*.npy"):
         for old in directory.glob(pattern):
             old.unlink()
     new.replace(directory / "model.safetensors")
-    new.write_text(json.dumps(describe(model.config), indent=2) + "\n", encoding="utf-8")
+    kind = f"{model.config.model_type.capitalize()}ForCausalLM"
+    content = {"architectures": [kind]} | asdict(model.config) | {"hidden_act": "silu"}
+    content |= {"dtype": "float32", "torch_dtype": "float32"}
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     new.replace(directory / "config.json")

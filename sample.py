@@ -19,11 +19,9 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data
-import dpo
 from model import CheckpointError, Transformer, load_pretrained
 
 
@@ -50,11 +48,10 @@ def sample_tokens(logits, generator, temperature: float = 1.0, top_k: int = 0, t
 def generate(
     model, prompts: list, max_new_tokens: int, eos_id, seed=0, on_token=None, compile=False, **shape
 ) -> list[list[int]]:
-    """Sample one continuation of every prompt; temperature 0 is greedy. prompts: token ids, at
-    least one each, of any lengths. eos_id: one id or several. on_token: is called with the B ids of
-    every step. compile: each step as one graph. shape: temperature, top_k and top_p of
-    `sample_tokens`. Returns the new ids of each, ending in an `eos_id` unless cut off at
-    max_new_tokens. Raises CheckpointError beyond a sliding window or the vocabulary."""
+    """Sample one continuation of every prompt, of one token id or more. Returns the new ids of
+    each, ending in an eos_id (one or several) unless cut off at max_new_tokens. on_token: is called
+    with the B ids of every step. compile: each step as one graph. shape: temperature (0: greedy),
+    top_k, top_p. Raises CheckpointError beyond a sliding window or the vocabulary."""
     assert prompts and all(prompts), "at least one prompt, and at least one token in each"
     device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
     generator = torch.Generator(device).manual_seed(seed)
@@ -77,8 +74,7 @@ def generate(
 
 
 def run_again(model, sequences: list[list[int]], new: torch.Tensor | None) -> torch.Tensor:
-    """The logits, (B, V), of what follows each sequence, to which first its new token is added: as
-    a stream of its own, in which it is a prompt."""
+    """The logits, (B, V), after each sequence and its new token: each a stream of its own."""
     logits = []
     for i, ids in enumerate(sequences):
         ids += [] if new is None else [int(new[i])]
@@ -94,9 +90,8 @@ def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
 
 
 def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options) -> list:
-    """[prompt, response] as ids: a sample of each prompt, text, ids or chat; see `generate`.
-    In blocks whose cached keys and values stay within 4 GiB, none with the seed of another run.
-    Raises DataError for text without a tokenizer."""
+    """[prompt, response] as ids: a sample of each prompt, text, ids or chat, in blocks whose cached
+    keys and values stay within 4 GiB. Raises DataError for text without a tokenizer."""
     encoded = [data.token_ids(data.Example(p, (), "a prompt"), tokenizer)[0] for p in prompts]
     eos = model.config.eos_token_id
     stops = {eos} if isinstance(eos, int) else {*(eos or ())}
@@ -109,32 +104,17 @@ def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options)
     per_token = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes, float32
     size, new = min(1000, max(1, 2**32 // (per_token * longest))), []
     for first in range(0, len(encoded), size):
-        block, own = encoded[first : first + size], seed + 1 + first * 10**6
+        block, own = encoded[first : first + size], seed + 1 + first * 10**6  # no other run's seed
         new += generate(model, block, max_new_tokens, stops, seed=own, **options)
     return [list(tree) for tree in zip(encoded, new)]
 
 
-def response_logps(model, dataset: data.Dataset) -> np.ndarray:
-    """log π(y|x) of every response of a data set, (responses,) in nats."""
-    device = model.embed_tokens.weight.device
-    [plan] = data.pack(dataset.lengths, np.arange(len(dataset)), 8192, 1)
-    batches = (data.collate(dataset, examples).to(device) for examples in plan)
-    return dpo.reference_logps(model, batches, dataset.responses()).numpy()
-
-
-def implicit_rewards(policy, reference, trees: list, beta: float) -> list[np.ndarray]:
-    """β·log(π/π_ref) (Eq. 5) of the responses of each tree of token ids, (responses,) each."""
-    dataset = data.to_dataset(trees)
-    ratios = response_logps(policy, dataset) - response_logps(reference, dataset)
-    return np.split(beta * ratios, np.cumsum([len(tree) - 1 for tree in trees])[:-1])
-
-
-def show(prompt, names: list[str], texts: list[str], width: int = 96):
-    """Print a prompt and its completions, side by side under their names if there are several."""
+def show(prompt, names: list[str], texts: list[str]):
+    """Print a prompt and its completions, if there are several side by side with their names."""
     print(f"\n{prompt[-1]['content'] if data.is_turns(prompt) else prompt}")
     if len(texts) == 1:
         return print(texts[0])
-    column = width // len(names) - 2
+    column = 96 // len(names) - 2
     cells = [textwrap.wrap(f"[{name}]{text}", column) for name, text in zip(names, texts)]
     for row in itertools.zip_longest(*cells, fillvalue=""):
         print("  ".join(cell.ljust(column) for cell in row).rstrip())

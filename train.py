@@ -20,7 +20,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ import dpo
 import model as llm
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     data: str = "reviews"  # built-in experiment, or preference files .jsonl[.gz], comma-separated
     eval_data: str = ""  # held-out preference files
@@ -103,8 +102,8 @@ def parse_settings(arguments: list[str]) -> Settings:
         parser.add_argument(f"--{option.name}", type=float, default=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     known = base | given
-    chosen = {name: known.pop(name, default) for name, default in base["options"].items()}
-    settings = Settings(**(known | {"options": chosen}))
+    known["options"] = {name: known.pop(name, default) for name, default in base["options"].items()}
+    settings = Settings(**known)
     with contextlib.suppress(ImportError):
         from extra.refusals import check  # what is out of range, or would be ignored
 
@@ -117,7 +116,8 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.settings, self.config = settings, dataclasses.asdict(settings)
-        self.out, self.wandb, self.since = Path(settings.out_dir), None, 0.0
+        self.out, self.wandb = Path(settings.out_dir), None
+        self.since, self.counts = 0.0, Counter()  # for `rates`
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
@@ -127,6 +127,8 @@ class Run:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         if cuda:
             torch.cuda.set_device(self.device)
+        # () of the step before, for the losses that ask: dpo.Pairs.
+        self.mean_logratio = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
@@ -161,10 +163,11 @@ class Run:
             dist.all_reduce(values)
         return dict(zip(sums, values))
 
-    def rates(self, counts: dict) -> dict[str, float]:
-        """What was done a second since this was called last, and the most memory so far, in GiB."""
+    def rates(self) -> dict[str, float]:
+        """What was counted, a second since the last call, and the most memory so far, in GiB."""
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
-        rates = {f"{name}_per_second": float(n) / seconds for name, n in counts.items()}
+        rates = {f"{name}_per_second": float(n) / seconds for name, n in self.counts.items()}
+        self.counts.clear()
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
         return rates | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 or resident}
 
@@ -238,23 +241,18 @@ def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> 
 
 def save_model(model, tokenizer, directory: Path, run: Run):
     """Write a checkpoint directory, one whole weight at a time. (all ranks)"""
-    s = run.settings
-    if s.lora_rank:
-        from extra import adapters, lora
+    if run.settings.lora_rank:
+        from extra.adapters import finish
 
-        adapters.save(model, directory, run)  # if wanted: once they are merged they are zero
-        lora.merge(model)
-    weights = ((n, p.full_tensor() if run.world > 1 else p) for n, p in model.named_parameters())
+        finish(model, directory, run)  # they are merged into the model's weights
+    llm.save_pretrained(model, directory, writes=run.rank == 0)
     if run.rank == 0:
-        llm.save_pretrained(model, directory, weights)
         if tokenizer:
             (directory / f"tokenizer{tokenizer.path.suffix}").write_bytes(tokenizer.proto)
         with contextlib.suppress(ImportError):
             from extra.checkpoints import complete  # what other programs want beside it
 
             complete(directory, tokenizer, run)
-    for _ in weights:  # the other ranks take part
-        pass
     run.wait()
 
 
@@ -291,26 +289,22 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
 
 def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: float, run: Run):
     """Train to the end of a stage, from its start or from where a saved state left it. (all ranks)
-    SFT and DPO differ in their data and in `loss_of(log-probs, batch, mean_logratio)`, which gives
-    a micro-batch's summed loss, and the sums for the metrics."""
+    SFT and DPO differ in their data and in `loss_of(log-probs, batch)`, which gives a micro-batch's
+    summed loss, and the sums for the metrics."""
     s, totals = run.settings, Counter()
     optimizer = dpo.make_optimizer(model, s.optimizer, s.weight_decay)
     per_epoch = math.ceil(len(train) / s.batch_size)
     steps = min(epochs * per_epoch, s.max_steps or math.inf)
-    mean = torch.zeros((), dtype=torch.float64, device=run.device)  # log-ratio, of the step before
-    loss_of = partial(loss_of, mean_logratio=mean)
-    first = load_state(stage, model, optimizer, mean, run)
+    first = load_state(stage, model, optimizer, run)
     run.say(f"{stage}: {len(train):,} examples, steps {first} to {steps} of {s.batch_size}")
     test = lambda: dpo.evaluate(model, micro_batches(held_out, None, run, 2), loss_of, run)
     if held_out and not first:
         run.record(stage, {"step": 0} | test())
     run.since = time.perf_counter()
     for step in range(first, steps):
-        # Which examples, and which of them here: pure functions of the step.
-        epoch, within = divmod(step, per_epoch)
-        if within == 0 or step == first:
-            order = data.order_of(epoch, len(train), s.seed if s.shuffle else None)
-        examples = order[within * s.batch_size : (within + 1) * s.batch_size]
+        # Which examples: a pure function of the step, as is which of them are this rank's.
+        order = data.order_of(step // per_epoch, len(train), s.seed if s.shuffle else None)
+        examples = order[step % per_epoch * s.batch_size :][: s.batch_size]
         for group in optimizer.param_groups:
             group["lr"] = peak * dpo.schedule(s.lr_schedule, s.warmup_steps, step, steps)
         # FSDP averages over ranks: times their number this is the sum over the step's examples,
@@ -318,15 +312,15 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         scale = run.world / (len(examples) if stage == "dpo" else train.targets(examples))
         batches = micro_batches(train, examples, run)
         sums = dpo.take_step(model, optimizer, batches, loss_of, scale, s.grad_clip, run)
-        totals.update(sums | {"pairs": len(examples), "tokens": train.lengths[examples].sum()})
+        totals.update(sums)
+        run.counts.update(pairs=len(examples), tokens=train.lengths[examples].sum())
         if stage == "dpo":
-            mean.copy_(dpo.mean_logratio(sums, s.beta))
+            run.mean_logratio.copy_(dpo.mean_logratio(sums, s.beta))
         done = step + 1
         save = s.save_every > 0 and done % s.save_every == 0 and done < steps
         if done % s.log_every == 0 or done == steps or save:  # a state begins with no sums
-            counts = {name: totals.pop(name) for name in ("pairs", "tokens")}
             row = {"step": done, "epoch": done / per_epoch, "train/learning_rate": group["lr"]}
-            row |= dpo.averages(totals, "train") | run.rates(counts)  # the first waits for the GPU
+            row |= dpo.averages(totals, "train") | run.rates()  # the first waits for the GPU
             if not all(map(math.isfinite, row.values())):
                 raise data.DataError(f"{stage} diverged by step {done}: lower its learning rate")
             left = (steps - done) * s.batch_size / row["pairs_per_second"]
@@ -336,24 +330,24 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         if held_out and (done == steps or (s.eval_every and done % s.eval_every == 0)):
             run.record(stage, {"step": done} | test())
         if save:
-            save_state(stage, done, model, optimizer, mean, run)
+            save_state(stage, done, model, optimizer, run)
         run.since += time.perf_counter() - paused
 
 
-def state_of(model, optimizer, mean: torch.Tensor) -> dict:
+def state_of(model, optimizer, run: Run) -> dict:
     """What a run resumes from: what is trained and its moments, sharded as they are. (all ranks)"""
-    from torch.distributed.checkpoint import state_dict as dcp_state
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    options = dcp_state.StateDictOptions(ignore_frozen_params=True)
-    weights, moments = dcp_state.get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": moments, "mean_logratio": mean}
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    return {"model": weights, "optimizer": moments, "mean_logratio": run.mean_logratio}
 
 
-def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run: Run):
+def save_state(stage: str, step: int, model, optimizer, run: Run):
     """A state to resume from; it counts once point.json names it. (all ranks)"""
     import torch.distributed.checkpoint as dcp
 
-    place, state = run.out / "resume" / f"{stage}-{step}", state_of(model, optimizer, mean)
+    place, state = run.out / "resume" / f"{stage}-{step}", state_of(model, optimizer, run)
     dcp.save(state, checkpoint_id=place, no_dist=run.world == 1)
     if run.rank == 0:
         shutil.copy(run.out / "metrics.jsonl", place)
@@ -365,17 +359,14 @@ def save_state(stage: str, step: int, model, optimizer, mean: torch.Tensor, run:
     run.wait()
 
 
-def load_state(stage: str, model, optimizer, mean: torch.Tensor, run: Run) -> int:
-    """Restore what this stage left, `mean` in place; returns the steps already done. (all ranks)"""
+def load_state(stage: str, model, optimizer, run: Run) -> int:
+    """Restore what this stage left; returns the steps already done. (all ranks)"""
     if run.point.get("stage") != stage:
         return 0
     import torch.distributed.checkpoint as dcp
 
-    state = state_of(model, optimizer, mean)
+    state = state_of(model, optimizer, run)  # the very tensors, into which it is read
     dcp.load(state, checkpoint_id=run.out / "resume" / run.point["state"], no_dist=run.world == 1)
-    both = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    options = dcp.state_dict.StateDictOptions(strict=False)  # without what LoRA freezes
-    dcp.state_dict.set_state_dict(model, optimizer, **both, options=options)
     return run.point["step"]
 
 
@@ -401,7 +392,8 @@ def train(run: Run):
         save_model(model, tokenizer, sft_dir if s.epochs else run.out, run)
     if s.epochs:
         options = {"loss": dpo.find_loss(s.loss), "beta": s.beta, "sft_weight": s.sft_weight}
-        loss_of = partial(dpo.preference_loss, **options, **s.options)
+        options |= {"mean_logratio": run.mean_logratio, **s.options}
+        loss_of = partial(dpo.preference_loss, **options)
         checkpoint = sft_dir if s.sft_epochs else s.init_from
         both = (sets.get(name) for name in ("pairs", "eval pairs"))
         both = [dataset and with_reference(dataset, model, checkpoint, run) for dataset in both]

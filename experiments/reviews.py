@@ -32,9 +32,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-from extra.reward import measure_kl
+from extra.reward import measure_kl, response_logps
 from model import CheckpointError
-from sample import draw, load, response_logps, show
+from sample import draw, load, show
 
 # What the built-in experiment changes, where the command line does not: a small model from nothing.
 SETTINGS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}

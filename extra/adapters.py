@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from extra import lora
 from extra.checkpoints import places_of, read_bin, read_files, read_json
 from model import CheckpointError, read_safetensors, write_safetensors
 
@@ -34,6 +35,12 @@ IMPLEMENTED = {
 OFF = (None, False, [], {}, "")
 
 
+def finish(model, directory: Path, run):
+    """What becomes of adapters when their model is saved. (all ranks)"""
+    save(model, directory, run)  # first: once they are merged they are zero
+    lora.merge(model)
+
+
 def save(model, directory: Path, run):
     """Write adapters that are not merged yet to <out_dir>/adapter, if --save_adapter asks for it.
 
@@ -48,13 +55,11 @@ def save(model, directory: Path, run):
         stem, _, factor = name.removesuffix(".weight").rpartition(".lora.")
         if stem:
             named[f"base_model.model.model.{stem}.{factors[f'lora.{factor}']}.weight"] = parameter
-    weights = ((n, p.full_tensor() if run.world > 1 else p) for n, p in named.items())
     if run.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "adapter_config.json").unlink(missing_ok=True)  # nothing opens without it
-        write_safetensors(
-            out / "adapter_model.safetensors", {n: p.shape for n, p in named.items()}, weights
-        )
+    write_safetensors(out / "adapter_model.safetensors", named, run.rank == 0)
+    if run.rank == 0:
         base = run.out / "sft" if s.sft_epochs and s.epochs else Path(s.init_from)
         settings = {
             "peft_type": "LORA",
@@ -69,8 +74,6 @@ def save(model, directory: Path, run):
         }
         text = json.dumps(settings, indent=2) + "\n"
         (out / "adapter_config.json").write_text(text, encoding="utf-8")
-    for _ in weights:  # the other ranks take part
-        pass
 
 
 def read_settings(directory: Path) -> dict:

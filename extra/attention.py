@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import rows_seen
+
+def rows_seen(segments: Tensor) -> list[Tensor]:
+    """Of each segment the rows of the stream that it sees: its prompt's, then its own."""
+    seen = []
+    for prompt_start, prompt_size, start, size in segments.tolist():
+        prompt = torch.arange(prompt_start, prompt_start + prompt_size)
+        seen.append(torch.cat([prompt, torch.arange(start, start + size)]))
+    return seen
 
 
 def fast_attention(segments: Tensor, device: torch.device) -> Callable:

@@ -17,16 +17,14 @@ MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow"}  # how such files begin, whatev
 HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what a data set may be called there
 
 
-def read_array(path: str, where: str, error: Exception) -> Iterator[tuple[str, dict]]:
+def read_array(path: str, sentence: str) -> Iterator[tuple[str, dict]]:
     """Yield ("file, element N", object) of a file that is one JSON array, counted from 1.
 
-    where, error: what was wrong with it as JSON lines, and at which line; that is said of all other
+    sentence: what was wrong with it as JSON lines, and at which line; that is said of all other
     files. Raises DataError.
     """
     begin = first_bytes(path)
     if not begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        reason = getattr(error, "strerror", None) or error
-        sentence = f"{where}: cannot be read as JSON lines ({reason})"
         raise DataError(sentence + how_to_convert(path, begin)) from None
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:

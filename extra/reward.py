@@ -89,6 +89,21 @@ def text_of(tokenizer, prompt, ids: list[int]) -> str | list[int]:
     return text.strip() if data.is_turns(prompt) else text
 
 
+def response_logps(model, dataset: data.Dataset) -> np.ndarray:
+    """log π(y|x) of every response of a data set, (responses,) in nats."""
+    device = model.embed_tokens.weight.device
+    [plan] = data.pack(dataset.lengths, np.arange(len(dataset)), 8192, 1)
+    batches = (data.collate(dataset, examples).to(device) for examples in plan)
+    return dpo.reference_logps(model, batches, dataset.responses()).numpy()
+
+
+def implicit_rewards(policy, reference, trees: list, beta: float) -> list[np.ndarray]:
+    """β·log(π/π_ref) (Eq. 5) of the responses of each tree of token ids, (responses,) each."""
+    dataset = data.to_dataset(trees)
+    ratios = response_logps(policy, dataset) - response_logps(reference, dataset)
+    return np.split(beta * ratios, np.cumsum([len(tree) - 1 for tree in trees])[:-1])
+
+
 def draw_texts(model, tokenizer, prompts: list, options: dict) -> tuple[list, list[str]]:
     """[prompt, response] ids of a sample for each prompt, and the responses as texts."""
     trees = sample.draw(model, tokenizer, prompts, **options)
@@ -107,7 +122,7 @@ def best_of(args, options: dict):
     policy, reference, tokenizer = load_both(args)
     prompts, n = sample.read_prompts(args), args.best_of
     trees, texts = draw_texts(policy, tokenizer, prompts, options)
-    rewards = sample.implicit_rewards(policy, reference, trees, beta_of(args))
+    rewards = implicit_rewards(policy, reference, trees, beta_of(args))
     rows = candidates(prompts, texts, n)
     for row, scores in zip(rows, np.concatenate(rewards).reshape(-1, n)):
         row |= {"rewards": scores.tolist(), "response": row["candidates"][scores.argmax()]}
@@ -216,7 +231,7 @@ def score(args):
         raise data.DataError(f"{longest} tokens are more than the sliding window of {window}")
     if largest >= policy.config.vocab_size:
         raise data.DataError(f"token id {largest} is beyond the model's vocabulary")
-    logps, under = (sample.response_logps(model, dataset) for model in (policy, reference))
+    logps, under = (response_logps(model, dataset) for model in (policy, reference))
     ends = np.cumsum([len(tree) - 1 for tree in trees])
     rewards = np.split(beta * (logps - under), ends[:-1])  # Eq. 5, of each tree
     each = [scores[item.places] for item, scores in zip(items, rewards)]  # of each row

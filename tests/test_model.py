@@ -180,7 +180,7 @@ def test_flops_are_those_that_torch_counts():
     batch = everyone(random_dataset(sizes))
     work = benchmark.work(random_dataset(sizes))
     assert work[:2] == (len(batch.tokens), len(batch.targets))
-    seen = sum(len(rows) - query for rows, size in zip(model_module.rows_seen(batch.segments), batch.segments[:, 3].tolist()) for query in range(size))  # fmt: skip
+    seen = sum(len(rows) - query for rows, size in zip(attention.rows_seen(batch.segments), batch.segments[:, 3].tolist()) for query in range(size))  # fmt: skip
     assert work[2] == seen
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dpo.sequence_logps(model, batch)

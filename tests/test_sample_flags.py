@@ -173,7 +173,7 @@ def observe(run, place, tokenizer, tmp_path, monkeypatch):
         seen = {key: [] for key in ("loaded", "by", "prompts", "stops", "seed", "told", *SAMPLER)}
         seen |= {"scored": [], "kl": []}
         names, out = {}, tmp_path / "out.jsonl"
-        load, logps, divergence = sample.load, sample.response_logps, reward.measure_kl
+        load, logps, divergence = sample.load, reward.response_logps, reward.measure_kl
 
         def spy_load(directory):
             model, found = load(directory)
@@ -204,7 +204,7 @@ def observe(run, place, tokenizer, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sample, "load", spy_load)
             patch.setattr(sample, "generate", spy_generate)
-            patch.setattr(sample, "response_logps", spy_logps)
+            patch.setattr(reward, "response_logps", spy_logps)
             patch.setattr(reward, "measure_kl", spy_divergence)
             type_in(patch, ["hello"])
             seen["printed"] = run(*flags.format(out=out).split())
@@ -666,11 +666,11 @@ def test_rewards_belong_to_their_responses():
     dataset = random_dataset([sizes[n] for n in rng.permutation(len(sizes))])
     assert dataset.lengths.sum() > 8192
     trees = [[dataset.tokens[part].tolist() for part in dataset[e]] for e in range(len(dataset))]
-    found = sample.implicit_rewards(*models, trees, 0.3)
+    found = reward.implicit_rewards(*models, trees, 0.3)
     assert [len(rewards) for rewards in found] == [len(tree) - 1 for tree in trees]
     plain = [[plain_logp(m, x, y) for x, *responses in trees for y in responses] for m in models]
     for model, expected in zip(models, plain):
-        logps = sample.response_logps(model, dataset)
+        logps = reward.response_logps(model, dataset)
         assert logps.tolist() == pytest.approx(expected, rel=1e-6)
     expected = [0.3 * (p - q) for p, q in zip(*plain)]
     assert np.concatenate(found).tolist() == pytest.approx(expected, rel=1e-6)

@@ -158,7 +158,7 @@ def test_candidates_are_cut_by_themselves(trained, tmp_path):
     for row, (prompt, *texts) in ((written[0], ("A", *ranked)), (written[2], ("A", long))):
         start, *ids = data.token_ids(data.Example(prompt, tuple(texts)), tokenizer)
         trees = [[start, (i or [tokenizer.eos_id])[: 40 - len(start)]] for i in ids]
-        found = [float(r[0]) for r in sample.implicit_rewards(*models, trees, 0.5)]
+        found = [float(r[0]) for r in reward.implicit_rewards(*models, trees, 0.5)]
         assert row["rewards"] == pytest.approx(found, abs=1e-4)
     taken = write_jsonl(tmp_path / "taken.jsonl", [written[0], FRUIT[0]])
     dataset, counts = data.encode(data.read_preferences(taken), tokenizer, 40, 24)

@@ -1127,6 +1127,7 @@ def test_bfloat16_is_the_default_on_cuda_only(tmp_path, monkeypatch):
     devices = []
     monkeypatch.setattr(torch, "autocast", lambda *given, enabled: (*given, enabled))
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, dtype, device: None)  # there is no such device
     monkeypatch.setenv("LOCAL_RANK", "3")
     for cuda, expected in ((False, [False, True, False]), (True, [True, True, False])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
