@@ -59,7 +59,7 @@ MISTAKES = [
     ("train.py", "evaluation rows are missing in wandb", "        if self.wandb:\n", '        if self.wandb and "eval/loss" not in row:\n', "test_metrics.py::test_weights_and_biases_gets_each_row"),
     ("sample.py", "the nucleus is of probabilities at temperature 1", "    probabilities = logits.softmax(-1)\n    if top_p < 1:\n        ordered, index = probabilities.sort(descending=True)\n", "    probabilities = logits.softmax(-1)\n    if top_p < 1:\n        ordered, index = (logits * temperature).softmax(-1).sort(descending=True)\n", "test_sample_flags.py::test_frequencies_are_those_of_a_plain_sampler"),
     ("extra/reward.py", "the margin is printed with the wrong sign", "mean margin {mean['rewards/margins']:.4f}", "mean margin {-mean['rewards/margins']:.4f}", "test_sample_flags.py::test_scores_of_rows_of_all_kinds"),
-    ("extra/reward.py", "β is that of the reference's run", 'place = Path(args.checkpoint)', 'place = Path(args.compare)', "test_sample_flags.py::test_beta_is_given_or_of_the_checkpoint_or_a_tenth"),
+    ("extra/reward.py", "β is that of the reference's run", 'setting(args.checkpoint, "beta"', 'setting(args.compare, "beta"', "test_sample_flags.py::test_beta_is_given_or_of_the_checkpoint_or_a_tenth"),
     ("experiments/reviews.py", "the report's KL is of the reference's samples", 'for name, model in (("SFT", reference), ("DPO", policy)):', 'for name, model in (("DPO", policy), ("SFT", reference)):', "test_reports.py::test_every_figure_of_the_report_is_a_plain_sum"),
     ("extra/conversations.py", "a quoted Human: inside a turn opens a turn", 're.split(r"(?:\\A|\\n\\n)(Human|Assistant): ?", text)', 're.split(r"\\s*(Human|Assistant): ?", text)', "test_data_path.py::test_quoted_turns_open_none"),
     ("experiments/reviews.py", "the built-in labels are deterministic", "noise = 0.0 if deterministic else rng.logistic()", "noise = 0.0", "test_reviews.py::test_grammar_labels_and_acceptance"),
@@ -448,6 +448,16 @@ MISTAKES = [
     ("data.py", "a state that is not whole begins a run", 'except (OSError, ValueError):\n        raise DataError(f"{path}: cannot be read: --save', 'except (OSError, ValueError):\n        return {}\n        raise DataError(f"{path}: cannot be read: --save', "test_scoring.py::test_the_same_file_is_the_same_setting"),
     ("data.py", "long texts are left out of a tokenizer", 'if isinstance(t["content"], str) for p in split(t["content"]))', 'if isinstance(t["content"], str) for p in [t["content"]])', "test_scoring.py::test_long_texts_train_a_tokenizer"),
     ("data.py", "long texts are split within words", ".{1,1000}(?= |\\Z)|", ".{1,1000}|", "test_scoring.py::test_long_texts_train_a_tokenizer"),
+    ("extra/checkpoints.py", "texts of a rendered run are read as text afterwards", '    tokenizer.rendered = setting(directory, "rendered", False)\n', "", "test_cases.py::test_a_run_on_rendered_texts_is_sampled_and_scored_as_it_was_trained"),
+    ("extra/checkpoints.py", "the reference of a rendered run is not", "(Path(directory), Path(directory).resolve().parent)", "(Path(directory),)", "test_cases.py::test_a_run_on_rendered_texts_is_sampled_and_scored_as_it_was_trained"),
+    ("extra/checkpoints.py", "what ends rendered texts is not written", '            tokenizer.stops += learnt_ends(run.out / "encoded", tokenizer)\n', "            pass\n", "test_cases.py::test_a_run_on_rendered_texts_is_sampled_and_scored_as_it_was_trained"),
+    ("extra/checkpoints.py", "several ends are not written where no file has any", "not in (ends, said)", "not in (ends, said, None)", "test_cases.py::test_ends_are_written_where_no_file_has_any"),
+    ("extra/chat.py", "an answer ends where the conversation does", "self.turn_end = re.compile(tokenizer.control_pattern.pattern + beyond)", 'self.turn_end = re.compile(tokenizer.control_pattern.pattern + r"\\s*$")', "test_cases.py::test_the_end_of_a_conversation_is_not_that_of_a_turn"),
+    ("extra/chat.py", "thoughts that the template leaves out are dropped without a word", 'any("</think>" in turn["content"] for', 'any("</thought>" in turn["content"] for', "test_cases.py::test_thoughts_that_no_answer_would_keep_are_refused"),
+    ("extra/doctor.py", "a conversation of several sequences is looked at as one", "in several or [example])", "in [example])", "test_cases.py::test_the_doctor_looks_at_conversations_whose_thoughts_are_dropped"),
+    ("extra/public.py", "an empty answer at the end takes the others with it", "said = [i for i in answers if not said_nothing([turns[i]])] or answers[:1]", "said = answers", "test_cases.py::test_an_empty_answer_at_the_end_takes_nothing_with_it"),
+    ("extra/tokenizers.py", "config.json does not name the ends of a tokenizer.json", 'ids = beside.get(f"{name}_id")', "ids = None", "test_cases.py::test_a_tokenizer_json_may_be_named_by_the_config_of_its_model"),
+    ("data.py", "a bad row is a failure of the trained tokenizer", "                raise DataError(said[1]) from None\n", "                pass\n", "test_cases.py::test_a_bad_row_is_named_while_a_tokenizer_is_trained"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]
