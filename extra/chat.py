@@ -184,7 +184,8 @@ class Template:
                 full = self.render([*history, turn], False, where, context)
                 if not (opened.startswith(done) and full.startswith(opened)):
                     what = "rewrites earlier turns"
-                    if full.startswith(self.render(history, False, where, context)):
+                    before = self.render(history, False, where, context)
+                    if opened.startswith(done) and full.startswith(before):
                         what = f"opens answers by {opened[-40:]!r}, and then does not write them so"
                     raise Rewritten(f"{where}: the chat template {what}")
                 said = full[len(opened) :]
