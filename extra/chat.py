@@ -186,7 +186,8 @@ class Template:
                     what = "rewrites earlier turns"
                     before = self.render(history, False, where, context)
                     if opened.startswith(done) and full.startswith(before):
-                        what = f"opens answers by {opened[-40:]!r}, and then does not write them so"
+                        head = opened.removeprefix(before).replace(GUARD, "")[-60:]
+                        what = f"opens answers by {head!r}, and then does not write them so"
                     raise Rewritten(f"{where}: the chat template {what}")
                 said = full[len(opened) :]
                 hidden = turn.get("train") is False

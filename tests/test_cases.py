@@ -72,7 +72,10 @@ def test_thoughts_that_no_answer_would_keep_are_refused(tokenizer, tmp_path):
     opened = NO_THOUGHTS.replace("assistant\n' if", "assistant\n<think>' if")
     t = described(tokenizer, tmp_path / "v", opened)
     plain = data.Example(turns("u: a"), (turns("a: b"),), "f:1")
-    with pytest.raises(data.DataError, match="f:1: the chat template opens answers by .*<think>"):
+    with pytest.raises(
+        data.DataError,
+        match=r"f:1: the chat template opens answers by .*assistant\\n<think>., and then",
+    ):
         chat.encode_chats([plain], t)
 
 
