@@ -141,7 +141,7 @@ def test_a_run_on_rendered_texts_is_sampled_and_scored_as_it_was_trained(tokeniz
     assert f"mean log-prob {last['eval/logps/chosen']:.4f}" in printed
     shown = run_here("sample.py", out, "--prompt", RENDERED["prompt"], "--max_new_tokens=3").stdout
     assert RENDERED["prompt"] in shown
-    # An adapter has its tokenizer from its base, but its run is where it lies; without one: text.
+    # Without a run.json texts are texts; one that cannot be read is no answer.
     (out / "run.json").write_text("{}")
     with pytest.raises(data.DataError, match="run.json: no rendered can be read from it"):
         find_tokenizer(out)
