@@ -94,6 +94,8 @@ class Tokenizer:
         try:
             sentencepiece.SentencePieceTrainer.train(**options)
         except RuntimeError as error:
+            if said := re.search("DataError: (.*)", str(error)):  # of the file they are read from
+                raise DataError(said[1]) from None
             why = str(error).rsplit("] ", 1)[-1].strip() or "is there any text?"
             raise DataError(f"no tokenizer of {vocab_size} pieces can be trained: {why}") from None
         (directory / "tokenizer.model").write_bytes(model.getvalue())
@@ -111,11 +113,10 @@ class Tokenizer:
 def find_tokenizer(path: str | Path) -> Tokenizer | None:
     """The one there; None for a checkpoint that has none, and takes token ids."""
     with contextlib.suppress(ImportError):
-        from extra.checkpoints import with_tokenizer
+        from extra.checkpoints import find_tokenizer
 
-        path = with_tokenizer(path)  # of adapters it is where their base is
-    names = (Path(path) / name for name in ("tokenizer.model", "tokenizer.json"))
-    return Tokenizer(path) if any(name.exists() for name in names) else None
+        return find_tokenizer(path)  # of adapters it is where their base is
+    return Tokenizer(path) if (Path(path) / "tokenizer.model").exists() else None
 
 
 class Example(NamedTuple):

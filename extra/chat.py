@@ -85,7 +85,9 @@ class Template:
         """From the files beside its own. Raises DataError."""
         self.tokenizer = tokenizer
         self.source = tokenizer.template or PLAIN_TEMPLATE
-        self.turn_end = re.compile(rf"{tokenizer.control_pattern.pattern}\s*$")
+        # Phi-3's turns end in <|end|>, its conversations in EOS beyond that, which is no turn's.
+        beyond = rf"(?:\s+{re.escape(tokenizer.names['eos_token'])})?\s*$"
+        self.turn_end = re.compile(tokenizer.control_pattern.pattern + beyond)
         with one_sentence(f"{tokenizer.path.parent}: its tokenizer files are not valid"):
             self.template = compile_template(self.source)
 
@@ -180,11 +182,13 @@ class Template:
                 opened = self.render(history, True, where, context) if i or not answer else begun
             if turn["role"] == "assistant":
                 full = self.render([*history, turn], False, where, context)
-                if not opened.startswith(done):
-                    raise Rewritten(f"{where}: the chat template rewrites earlier turns")
-                if not full.startswith(opened):
-                    what = "the chat template writes an answer otherwise than it opens one"
-                    raise Rewritten(f"{where}: {what}")
+                if not (opened.startswith(done) and full.startswith(opened)):
+                    what = "rewrites earlier turns"
+                    before = self.render(history, False, where, context)
+                    if opened.startswith(done) and full.startswith(before):
+                        head = opened.removeprefix(before).replace(GUARD, "")[-60:]
+                        what = f"opens answers by {head!r}, and then does not write them so"
+                    raise Rewritten(f"{where}: the chat template {what}")
                 said = full[len(opened) :]
                 hidden = turn.get("train") is False
                 parts += self.split(opened[len(done) :], True) + self.answer(said, hidden)
@@ -278,11 +282,20 @@ def check_written(example: data.Example, tokenizer: data.Tokenizer):
     for response in example.responses:
         turns = [*example.prompt, *response]
         used = {"tools"} if context.get("tools") else set()
-        used |= {n for turn in turns for n in ("tool_calls", "reasoning_content") if turn.get(n)}
+        used |= {
+            n
+            for turn in turns
+            for n in ("tool_calls", "reasoning_content", "thinking")
+            if turn.get(n)
+        }
         rest = [turn for turn in turns if turn["role"] != "tool"]
         if len(rest) < len(turns) and "tool" not in template.source:
             whole, without = (template.render(t, False, example.where) for t in (turns, rest))
             used |= {"tool"} if whole == without else set()
+        thought = any("</think>" in turn["content"] for turn in response[-1:])
+        if thought and "</think>" not in template.render(turns, False, example.where, context):
+            what = f"{example.where}: the chat template leaves out what is before </think>"
+            raise data.DataError(f"{what}: take it out of the data, or take another template")
         if missing := [name for name in sorted(used) if name not in template.source]:
             what = f"{example.where}: the chat template leaves out '{missing[0]}'"
             raise data.DataError(f"{what}: take it out of the data, or take a template that has it")

@@ -11,9 +11,11 @@ import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import data
 from extra.chat import CHATS, PLAIN_TEMPLATE, end_of_turn
 from model import CheckpointError, ModelConfig, read_safetensors
 
@@ -108,6 +110,31 @@ def with_tokenizer(directory: str | Path) -> Path:
     places = places_of(directory)
     has_one = lambda place: any((place / name).is_file() for name in VOCABULARIES)
     return next(filter(has_one, places), places[-1])
+
+
+def setting(directory: str | Path, name: str, default, mend: str = ""):
+    """What a checkpoint was trained with, by its run.json; the default where there is none. Of
+    adapters and the reference it is where the run's own checkpoint is. Raises DataError, which says
+    the mend; without one an older file may lack the setting."""
+    for place in (Path(directory), Path(directory).resolve().parent):
+        path = place / "run.json"
+        if path.is_file():
+            try:
+                settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+                return type(default)(settings[name] if mend else settings.get(name, default))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise data.DataError(f"{path}: no {name} can be read from it{mend}") from None
+    return default
+
+
+def find_tokenizer(directory: str | Path) -> data.Tokenizer | None:
+    """A checkpoint's tokenizer, which reads texts as its run did; None if there is none."""
+    place = with_tokenizer(directory)
+    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    tokenizer = data.Tokenizer(place)
+    tokenizer.rendered = setting(directory, "rendered", False)
+    return tokenizer
 
 
 def read_config(directory: Path) -> tuple[Path, dict]:
@@ -252,7 +279,21 @@ def complete(directory: Path, tokenizer, run):
                 (directory / name).unlink(missing_ok=True)  # another run's, which might count first
         counted = (run.out / "encoded").glob("*/counts.json")
         chats = any(CHATS in read_json(path) for path in counted)
+        if tokenizer.rendered:  # texts of any template end as that ends them
+            tokenizer.stops += learnt_ends(run.out / "encoded", tokenizer)
         complete_tokenizer(directory, tokenizer, chats or not s.init_from)
+
+
+def learnt_ends(encoded: Path, tokenizer) -> list[int]:
+    """The control tokens that what is learnt ends in, by the data that the run encoded."""
+    found = set()
+    for place in encoded.glob("*/counts.json"):
+        arrays = (place.with_name(f"{name}.npy") for name in ("tokens", "learnt", "offsets"))
+        tokens, learnt, offsets = (np.load(path, mmap_mode="r") for path in arrays)
+        is_last = learnt & ~np.append(learnt[1:], False)
+        is_last[offsets[1:] - 1] |= learnt[offsets[1:] - 1]  # where the next is learnt, too
+        found |= set(np.unique(tokens[is_last]).tolist())
+    return sorted(found & tokenizer.control_ids)
 
 
 def bring(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
@@ -295,11 +336,12 @@ def complete_tokenizer(directory: Path, tokenizer, chats: bool):
         write_json(path, config)
     ends = [tokenizer.eos_id, *([end_of_turn(tokenizer)] if chats else []), *tokenizer.stops]
     ends = list(dict.fromkeys(ends))
+    said = ends if len(ends) > 1 else ends[0]
     path = directory / "generation_config.json"
     content = read_json(path if path.is_file() else directory / "config.json")
-    if content.get("eos_token_id") not in (ends, ends[0] if len(ends) == 1 else None):
+    if content.get("eos_token_id") not in (ends, said):
         content = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_id}
-        write_json(path, content | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+        write_json(path, content | {"eos_token_id": said})
 
 
 def write_json(path: Path, content: dict):

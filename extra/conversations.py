@@ -84,6 +84,10 @@ def normal(name: str, content, kind=ANSWER):
 
 def conversation(name: str, content) -> list[dict]:
     """The turns of a field that holds messages. Raises DataError."""
+    check(name, content, list)
+    if all(isinstance(m, dict) and m.keys() >= {"input", "output"} for m in content):  # Capybara
+        asked_answered = (("user", "input"), ("assistant", "output"))
+        content = [{"role": r, "content": m[key]} for m in content for r, key in asked_answered]
     turns = normal(name, content, list)
     if not is_turns(turns):
         raise DataError(f"field '{name}' must hold messages of role and content")

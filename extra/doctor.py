@@ -142,6 +142,10 @@ def show_encoded(sample: list, total: int, tokenizer, limits: tuple, shown: int,
             whole.append(len(example.prompt) + max(map(len, example.responses)))
             yield example._replace(notes=())  # all rows are counted already
 
+    def merges(example: data.Example) -> bool:
+        several = example.where in talks and chat.separate(example, tokenizer)
+        return any(chat.merges(one, tokenizer) for one in several or [example])
+
     dataset, counts = data.encode(looked_at(), tokenizer, *limits)
     tokens = len(dataset.tokens) * total / len(sample)
     print(
@@ -150,7 +154,7 @@ def show_encoded(sample: list, total: int, tokenizer, limits: tuple, shown: int,
     )
     if counts["examples"] > len(sample):  # where the template writes earlier turns differently
         found["sequences to learn in them"] = counts["examples"]
-    found[MERGED] = sum(chat.merges(example, tokenizer) for example in sample)
+    found[MERGED] = sum(map(merges, sample))
     show_counts(counts + found)
     lengths = np.diff(dataset.offsets)
     columns = dataset.trees[:-1], dataset.trees[:-1] + 1, dataset.trees[1:] - 1

@@ -126,6 +126,11 @@ def context_of(row: dict, chat: bool) -> dict | None:
                 f"field '{name}' belongs to a conversation: give the prompt as messages"
             )
         context[name] = from_json(name, values[0], kind)
+        if kind is list:
+            is_json = lambda thing: isinstance(thing, str) and thing.startswith("{")
+            context[name] = [
+                from_json(name, thing, dict) if is_json(thing) else thing for thing in context[name]
+            ]
         if kind is list and not all(isinstance(thing, dict) for thing in context[name]):
             raise DataError(f"field '{name}' must be a list of objects")
     if {"messages", "add_generation_prompt"} & context.get("chat_template_kwargs", {}).keys():

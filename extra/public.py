@@ -24,6 +24,7 @@ from extra.conversations import (
     is_transcript,
     normal,
     number,
+    said_nothing,
     shared_history,
     short,
     transcript,
@@ -121,7 +122,9 @@ def pair_after(name: str) -> Callable:
     Where these are whole conversations (UltraFeedback-binarized) they have it themselves."""
 
     def read(row: dict):
-        history, chosen = conversation(name, row[name]), row["chosen"]
+        if is_whole(chosen := row["chosen"]):
+            return pair(row | {"prompt": None})
+        history = conversation(name, row[name])
         last = chosen if is_turns(chosen) else [{"role": "assistant", "content": chosen}]
         if history[-1:] == last:  # it has the chosen answer, too
             history = history[:-1]
@@ -367,8 +370,9 @@ def messages(name: str) -> Callable:
             kto(row)
         if "assistant" not in roles[1:] or roles[0] == "assistant":
             raise DataError(f"field '{name}' must hold a turn and the assistant's answer to it")
-        first, last = roles.index("assistant"), len(roles) - roles[::-1].index("assistant")
-        return turns[:first], (turns[first:last],)
+        answers = [i for i, role in enumerate(roles) if role == "assistant"]
+        said = [i for i in answers if not said_nothing([turns[i]])] or answers[:1]
+        return turns[: answers[0]], (turns[answers[0] : said[-1] + 1],)
 
     return read
 
@@ -409,6 +413,7 @@ PREFERENCES = [
     ({"prompt": CONTENT} | dict.fromkeys(NAMED, ANSWER), renamed(*NAMED)),
     ({"instruction": str} | dict.fromkeys(NAMED, ANSWER), renamed(*NAMED, question_pair)),
     ({"input": dict, "preferred_output": ANSWER, "non_preferred_output": ANSWER}, openai),
+    ({"messages": list} | dict.fromkeys(NAMED, ANSWER), renamed(*NAMED, pair_after("messages"))),
     ({"messages": list, "rejected_response": ANSWER}, swift),
     ({"messages": list, "rejected_messages": list}, swift_messages),
     (

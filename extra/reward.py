@@ -6,7 +6,6 @@ The implicit reward of a response is β·log(π(y|x)/π_ref(y|x)) (Rafailov et a
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 import data
 import dpo
 import sample
-from extra.checkpoints import is_adapter
+from extra.checkpoints import setting
 
 
 def run(args, options: dict):
@@ -43,29 +42,17 @@ def load_both(args) -> tuple:
     return policy, reference, tokenizer
 
 
-def setting(args, name: str, default, mend: str):
-    """What the checkpoint was trained with, by its run.json; the default where there is none."""
-    place = Path(args.checkpoint)  # an adapter's run is where the merged model is
-    path = (place.parent if is_adapter(place) else place) / "run.json"
-    if not path.is_file():
-        return default
-    try:
-        return type(default)(json.loads(path.read_text(encoding="utf-8"))["settings"][name])
-    except (ValueError, LookupError, TypeError):
-        raise data.DataError(f"{path}: no {mend}") from None
-
-
 def beta_of(args) -> float:
     """--beta, or else what the checkpoint was trained with, or else 0.1."""
     if args.beta is not None:
         return args.beta
-    return setting(args, "beta", 0.1, "β can be read from it: give --beta")
+    return setting(args.checkpoint, "beta", 0.1, ": give --beta")
 
 
 def limits_of(args) -> list[int]:
     """max_length and max_prompt_length of the checkpoint's run; without one nothing is cut."""
     names = ("max_length", "max_prompt_length")
-    return [setting(args, name, 2**31, f"{name} can be read from it: mend it") for name in names]
+    return [setting(args.checkpoint, name, 2**31, ": mend it") for name in names]
 
 
 def write(path: str, rows: list[dict]):

@@ -212,6 +212,12 @@ class JsonTokenizer(Described):
     def find_tokens(self, config: dict):
         """Control tokens, BOS and EOS. What a text begins with, the post-processor says."""
         whole, patterns = self.at["first"], {}
+        beside = json.loads(self.beside("config.json") or "{}")
+        for name in ("bos_token", "eos_token"):  # not named: then the model's config has its id
+            ids = beside.get(f"{name}_id")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if ids and name not in self.names:
+                self.names[name] = whole.id_to_token(ids[0]) or ""
         self.control = {}
         for i, token in whole.get_added_tokens_decoder().items():
             if token.special or token.content in self.names.values():
@@ -222,7 +228,8 @@ class JsonTokenizer(Described):
         self.bos_id = whole.token_to_id(self.names.get("bos_token", ""))
         self.eos_id = whole.token_to_id(self.names.get("eos_token", ""))
         if self.eos_id is None:
-            raise ValueError("tokenizer_config.json names no eos_token that tokenizer.json has")
+            what = "tokenizer_config.json names no eos_token that tokenizer.json has"
+            raise ValueError(f"{what}, nor config.json its id")
         plain, processed = (whole.encode("a", add_special_tokens=x).ids for x in (False, True))
         starts = (n for n in range(len(processed)) if processed[n:][: len(plain)] == plain)
         self.opening, self.add_bos = processed[: next(starts)], False

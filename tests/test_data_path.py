@@ -585,9 +585,11 @@ def messages(draw) -> Row:
 
 
 def first_answers(talk: list[dict]):
-    """The turns before the first answer, and all up to the last."""
+    """The turns before the first answer, and all up to the last that says something."""
     answers = [n for n, turn in enumerate(talk) if turn["role"] == "assistant"]
-    return talk[: answers[0]], [talk[answers[0] : answers[-1] + 1]]
+    says = lambda turn: turn["content"] or turn.get("tool_calls")
+    last = ([n for n in answers if says(talk[n])] or answers[:1])[-1]
+    return talk[: answers[0]], [talk[answers[0] : last + 1]]
 
 
 def plain_text(draw) -> Row:

@@ -864,7 +864,9 @@ def test_beta_is_given_or_of_the_checkpoint_or_a_tenth(run, place, tokenizer, tm
     assert 10 * numbers(best)[-1] == pytest.approx(numbers(tenfold)[-1], abs=0.006)
     for text in ("{", "[]", '{"settings": {}}', '{"settings": {"beta": "x"}}', '{"settings": 1}'):
         (checkpoints[0] / "run.json").write_text(text)
-        with pytest.raises(data.DataError, match="run.json: no β can be read from it: give --beta"):
+        with pytest.raises(
+            data.DataError, match="run.json: no beta can be read from it: give --beta"
+        ):
             reward.beta_of(SimpleNamespace(checkpoint=str(checkpoints[0]), beta=None))
         assert reward.beta_of(SimpleNamespace(checkpoint=str(checkpoints[0]), beta=0.2)) == 0.2
 
