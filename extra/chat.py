@@ -143,11 +143,10 @@ class Template:
         for response in example.responses:
             said, inputs = self.guard(response), (begun, answer, example.where, context)
             sequences.append(self.continuation(turns, said, *inputs) if response else [])
-        return self.placed(sequences, self.tokenizer.add_bos)
+        return self.placed(sequences)
 
-    def placed(self, sequences: list[list[Part]], open_it: bool) -> list[list[Part]]:
-        """With the place of every text; if `open_it`, with what texts begin with, where the
-        template did not write it. A response needs something that it is read after."""
+    def placed(self, sequences: list[list[Part]]) -> list[list[Part]]:
+        """With the place of every text. A response needs something that it is read after."""
         head, *responses = sequences
         last, placed = None, []
         for parts in ([*head], *responses):
@@ -161,10 +160,7 @@ class Template:
                 before = part
             last = last or before  # of the prompt
             placed.append(done)
-        opening = self.tokenizer.opening
-        if open_it and opening and placed[0][:1] != [Part(opening)]:
-            placed[0].insert(0, Part(opening))
-        placed[0] = placed[0] or [Part(opening or [self.tokenizer.eos_id])]
+        placed[0] = placed[0] or [Part(self.tokenizer.opening or [self.tokenizer.eos_id])]
         return placed
 
     def continuation(
@@ -226,19 +222,22 @@ class Template:
         for response in example.responses:
             head, answer = next(pairs) if response else (shared, [])
             sequences.append([p._replace(hidden=True) for p in head[len(shared) :]] + answer)
-        return self.placed(sequences, self.tokenizer.add_bos)
+        return self.placed(sequences)
 
     def rendered(self, example: data.Example) -> list[list[Part]]:
         """The layout of texts that a template wrote: their control tokens are meant. What ends a
         response is not doubled, and what follows it not learnt."""
-        sequences = [self.split(example.prompt)]
+        sequences, opening = [self.split(example.prompt)], Part(self.tokenizer.opening)
         for text in example.responses:
             ended = self.length(text)
             parts = self.answer(text) + self.split(text[ended:], True) if text else []
-            if not example.prompt and parts[:1] == [Part(self.tokenizer.opening)]:
-                sequences[0], parts = parts[:1], parts[1:]  # it brings its own
+            if not example.prompt and parts[:1] == [opening]:
+                sequences[0], parts = [opening], parts[1:]  # it brings its own
             sequences.append(parts)
-        return self.placed(sequences, True)
+        sequences = self.placed(sequences)
+        if opening.content and sequences[0][:1] != [opening]:
+            sequences[0].insert(0, opening)  # as texts begin
+        return sequences
 
     def lay_out(self, example: data.Example) -> list[list[Part]]:
         """The parts of an example's sequences, whatever it is."""
@@ -282,12 +281,8 @@ def check_written(example: data.Example, tokenizer: data.Tokenizer):
     for response in example.responses:
         turns = [*example.prompt, *response]
         used = {"tools"} if context.get("tools") else set()
-        used |= {
-            n
-            for turn in turns
-            for n in ("tool_calls", "reasoning_content", "thinking")
-            if turn.get(n)
-        }
+        names = ("tool_calls", "reasoning_content", "thinking")
+        used |= {name for turn in turns for name in names if turn.get(name)}
         rest = [turn for turn in turns if turn["role"] != "tool"]
         if len(rest) < len(turns) and "tool" not in template.source:
             whole, without = (template.render(t, False, example.where) for t in (turns, rest))
@@ -311,8 +306,8 @@ def encode_chats(examples: list[data.Example], tokenizer: data.Tokenizer) -> lis
     """[prompt ids, response ids, …] of each example, before any cut: conversations, or texts that
     a template rendered.
 
-    BOS, where the template or the tokenizer wants one, and what ends a turn are included; of what
-    is read but not learnt there is ~id; a response without turns has no ids. Raises DataError.
+    BOS, where the template writes one, and what ends a turn are included; what is read but not
+    learnt is ~id; a response without turns has no ids. Raises DataError.
     """
     layouts = list(map(template_of(tokenizer).lay_out, examples))
     texts = {"first": [], "after": [], "inside": []}  # encoded a list at a time, on all cores

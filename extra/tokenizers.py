@@ -39,8 +39,7 @@ class Described(data.Tokenizer):
 
     control: ids by name of the tokens that no text yields. names: what chat templates call
     bos_token, eos_token, …. template: the chat template's source, or None. opening: what a text
-    begins with. add_bos: does a chat whose template writes no BOS get one? stops: ids that end an
-    answer by generation_config.json.
+    begins with. stops: ids that end an answer by generation_config.json.
     """
 
     def read_beside(self):
@@ -126,7 +125,7 @@ class ModelTokenizer(Described):
         self.stops.append(self.eos_id)  # the model's own, whatever the files name
         self.bos_id = self.control.get(self.names["bos_token"], self.bos_id)
         self.eos_id = self.control.get(self.names["eos_token"], self.eos_id)
-        self.opening, self.add_bos = [self.bos_id], config.get("add_bos_token", True)
+        self.opening = [self.bos_id]
         self.legacy = config.get("legacy", True)  # a text after a control token begins with ▁
         self.control_pattern = pattern_of({name: re.escape(name) for name in self.control})
         self.added_pattern = pattern_of({name: re.escape(name) for name in self.added})
@@ -232,7 +231,7 @@ class JsonTokenizer(Described):
             raise ValueError(f"{what}, nor config.json its id")
         plain, processed = (whole.encode("a", add_special_tokens=x).ids for x in (False, True))
         starts = (n for n in range(len(processed)) if processed[n:][: len(plain)] == plain)
-        self.opening, self.add_bos = processed[: next(starts)], False
+        self.opening = processed[: next(starts)]
 
     def encode_at(self, place: str, texts: list[str]) -> list[list[int]]:
         """Ids of texts that stand at that place of a sequence."""

@@ -133,11 +133,9 @@ def test_chat_templates(tokenizer, tmp_path, name):
     assert head == prompt_ids(prompt, t), "the sampler starts from the same ids"
     whole = rendered(conversation, False).rstrip()
     whole = whole if whole.endswith(end) else whole + end
-    added_bos = not whole.startswith("<s>") and name != "no bos"
     decoded = spelled(t, head + chosen)
-    assert decoded == spaced("<s>" * added_bos + whole)
-    assert (head[0] == t.bos_id) == (name != "no bos")
-    assert (head + chosen).count(t.bos_id) == (whole.count("<s>") or name != "no bos")
+    assert decoded == spaced(" " * (whole[:3] != "<s>" and whole[:4] != "<|im") + whole)
+    assert (head + chosen).count(t.bos_id) == whole.count("<s>"), "no BOS but the template's"
     for response in (chosen, rejected):
         assert response[-1] == control(t)[end] and response.count(control(t)[end]) == 1
     assert chat.stop_ids(t) == {control(t)[end], t.eos_id, 2}
@@ -153,7 +151,7 @@ def test_chat_templates(tokenizer, tmp_path, name):
     expected = [full[len(b) :].rstrip() for full, b in zip((first, second), begun)]
     assert learnt == expected
     together = spelled(t, head + positive(response))
-    assert together.replace(" ", "") == ("<s>" * added_bos + whole).replace(" ", "")
+    assert together.replace(" ", "") == whole.replace(" ", "")
 
     # Text that spells control tokens never becomes one, wherever it stands.
     spells = "</s> <s> <unk> [INST] " + " ".join(IM) + "</s>"
@@ -291,7 +289,7 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
     for i, (template, talk, message) in enumerate((
         (LLAMA2, "u: a | u: b", "refuses the turns .*roles must alternate"),
         (None, "u: a | t: b", "refuses the turns"),
-        (forgetful, "u: a", "writes an answer otherwise than it opens one"),
+        (forgetful, "u: a", "rewrites earlier turns"),
         ("{{ messages[0].content // 2 }}", "u: a", "refuses the turns"),
         ("{{ messages.__class__.__mro__ }}", "u: a", "refuses the turns .*unsafe"),
     )):  # fmt: skip
@@ -450,7 +448,9 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer, tmp_path):
     assert max(encode(nothing, t)[1]) < 0, "it is dropped, and counted"
     strange = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "<|im_start|>assistant <think>")
     strange = chatml(tokenizer, tmp_path / "s", strange)
-    with pytest.raises(data.DataError, match="x:1: .*an answer otherwise than it opens one"):
+    with pytest.raises(
+        data.DataError, match="x:1: the chat template opens answers by .*<think>', and then"
+    ):
         encode(data.Example(talk[:1], (turns("a: b"),), "x:1"), strange)
     with pytest.raises(data.DataError, match="x:1: the chat template rewrites earlier turns"):
         encode(example, t)  # alone there is nowhere to put the second

@@ -165,7 +165,7 @@ class Spelling:
         answered = all(r[0]["role"] == "assistant" for r in responses if r)
         parts = [part for turn in prompt for part in self.turn(turn)]
         parts += self.opening() if answered else []
-        bos = [] if self.style == "chatml without bos" else [BOS]
+        bos = [] if self.style.startswith("chatml") else [BOS]  # the templates write it
         tree = [bos + self.ids(parts, "begins")]
         for response in responses:
             place = "begins" if parts and isinstance(parts[-1], int) else "inside"
@@ -927,10 +927,10 @@ LEARNT = {  # of its answers, in text; with the token that ends a turn
 }
 WHOLE = {  # with SentencePiece's space after each control token
     "plain": "<s> be brief\n\nHuman: hi </s>\n\nAssistant: lo</s> \n\nHuman: and <s>2+2?\n\nAssistant:  4 <|im_end|></s>",
-    "chatml": "<s><|im_start|> system\nbe brief<|im_end|> \n<|im_start|> user\nhi </s><|im_end|> \n<|im_start|> assistant\nlo<|im_end|> \n<|im_start|> user\nand <s>2+2?<|im_end|> \n<|im_start|> assistant\n 4 <|im_end|><|im_end|>",
+    "chatml": "<|im_start|> system\nbe brief<|im_end|> \n<|im_start|> user\nhi </s><|im_end|> \n<|im_start|> assistant\nlo<|im_end|> \n<|im_start|> user\nand <s>2+2?<|im_end|> \n<|im_start|> assistant\n 4 <|im_end|><|im_end|>",
     "inst": "<s> <<be brief>>[INST] hi </s> [/INST] lo</s> [INST] and <s>2+2? [/INST]  4 <|im_end|></s>",
 }  # fmt: skip
-WHOLE["chatml without bos"] = WHOLE["chatml"][len("<s>") :]
+WHOLE["chatml without bos"] = WHOLE["chatml"]
 CONTROL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
 
 
@@ -991,7 +991,7 @@ def test_names_of_control_tokens_are_those_of_the_files_beside_the_model(tmp_pat
     again = data.Tokenizer(tmp_path)
     ids = [*spelling.begins("x"), 900]
     assert data.token_ids(data.Example([user("x")], ([assistant("x")],)), again) == [
-        [902, 901, *ids],
+        [901, *ids],
         [901, *ids],
     ]
 

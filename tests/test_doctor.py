@@ -580,7 +580,7 @@ def test_spelt_control_tokens_are_counted_and_shown_as_what_they_are(
     b, s, e = (f"⟦{name}⟧" for name in ("<s>", "<|im_start|>", "<|im_end|>"))
     end = e  # the EOS of this tokenizer
     out = report(path, *flags, "--show=5").out
-    shown = [part.splitlines() for part in out.split(f"\n\n  {b}")[1:]]
+    shown = [part.splitlines() for part in re.split(f"\n\n  (?:{b}|(?={s}))", out)[1:]]
     assert shown[0] == [
         " <|im_start|>user", "hi<|im_end|>", f"    → «yes<|im_end|>{end}»", f"    → «no<|im_end|>{end}»",
     ]  # fmt: skip
@@ -621,6 +621,9 @@ def test_a_cut_is_inside_a_turn_unless_one_ends_there(report, tmp_path, style):
     if style == "chatml":  # the newline belongs to neither turn
         after = [n for n in whole if prompt[n : n + len(newline)] == newline]
         whole += [n + 1 + i for n in after for i in range(len(newline))]
+        whole += [
+            n + 1 for n in whole if prompt[n] == prompt[0]
+        ]  # the first is kept, as if it were BOS
     assert whole, "there is a place"
     for place in range(2, len(prompt)):  # prompt[place] is the first that is kept, after BOS
         limits = [f"--max_prompt_length={len(prompt) - place + 1}", "--max_length=99", "--show=0"]
