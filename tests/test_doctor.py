@@ -616,14 +616,11 @@ def test_a_cut_is_inside_a_turn_unless_one_ends_there(report, tmp_path, style):
     talk = turns("u: the film | a: was great | u: b") if style == "inst" else turns("s: a | u: b")
     path = write_jsonl(tmp_path / "x.jsonl", [pair(talk), pair("the film was great " * 9)])
     [prompt, *_] = spelling.tree(talk, [[assistant(" x")], [assistant(" y")]])
-    ends, newline = (901, 2), spelling.begins("\n")
-    whole = [n for n in range(2, len(prompt)) if prompt[n - 1] in ends]
-    if style == "chatml":  # the newline belongs to neither turn
-        after = [n for n in whole if prompt[n : n + len(newline)] == newline]
-        whole += [n + 1 + i for n in after for i in range(len(newline))]
-        whole += [
-            n + 1 for n in whole if prompt[n] == prompt[0]
-        ]  # the first is kept, as if it were BOS
+    whole = [n for n in range(2, len(prompt)) if prompt[n - 1] in (901, 2)]
+    for n in list(whole):  # space belongs to no turn, and the first token is always kept
+        while prompt[n] == prompt[0] or tokenizer.decode([prompt[n]], True).isspace():
+            n += 1
+            whole.append(n)
     assert whole, "there is a place"
     for place in range(2, len(prompt)):  # prompt[place] is the first that is kept, after BOS
         limits = [f"--max_prompt_length={len(prompt) - place + 1}", "--max_length=99", "--show=0"]
