@@ -122,7 +122,12 @@ def show(prompt, names: list[str], texts: list[str]):
 
 def read_prompts(args) -> list:
     """The prompts of --prompt and --prompts, n times each."""
-    prompts = args.prompt + [e.prompt for e in data.read_examples(args.prompts, "prompts")]
+    prompts = [*args.prompt]
+    for example in data.read_examples(args.prompts, "prompts"):
+        if example.context:
+            what = f"{example.where}: field '{min(example.context)}' is not handed on in sampling"
+            raise data.DataError(f"{what}: write it into the conversation")
+        prompts.append(example.prompt)
     return [prompt for prompt in prompts for _ in range(args.best_of or args.n)]
 
 
@@ -142,7 +147,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     layout = {"formatter_class": argparse.RawTextHelpFormatter, "usage": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     add = parser.add_argument
-    add("checkpoint", help="directory with config.json, weights and tokenizer.model")
+    add("checkpoint", help="directory with config.json, weights and a tokenizer")
     add("--prompt", action="append", default=[], help="text to continue; may be given many times")
     add("--prompts", metavar="FILE", default="", help="prompts of a .jsonl file, in any format")
     add("--chat", action="store_true", help="talk to it, by its own chat template")

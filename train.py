@@ -39,7 +39,7 @@ class Settings:
     eval_data: str = ""  # held-out preference files
     sft_data: str = ""  # what SFT trains on: files with prompt, response (none: chosen responses)
     init_from: str = ""  # checkpoint directory to start from (none: a new model)
-    tokenizer: str = ""  # SentencePiece model of a new model (none: trained on the data)
+    tokenizer: str = ""  # tokenizer.model or .json of a new model (none: trained on the data)
     out_dir: str = "out/reviews"  # directory of the run
     resume: bool = False  # continue the run in out_dir from its last saved state, by its settings
     loss: str = "dpo"  # or one of extra/objectives.py; its own options are flags, as --gamma=0.5

@@ -296,6 +296,13 @@ def check_written(example: data.Example, tokenizer: data.Tokenizer):
             raise data.DataError(f"{what}: take it out of the data, or take a template that has it")
 
 
+def check_rendered(example: data.Example, tokenizer: data.Tokenizer):
+    """Raise DataError where the template refuses a conversation, or leaves something out."""
+    check_written(example, tokenizer)
+    for part in separate(example, tokenizer):
+        template_of(tokenizer).lay_out(part)
+
+
 @functools.lru_cache(maxsize=8)
 def template_of(tokenizer: data.Tokenizer) -> Template:
     """Its chat template, read once. Raises DataError."""

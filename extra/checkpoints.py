@@ -115,14 +115,19 @@ def with_tokenizer(directory: str | Path) -> Path:
 def setting(directory: str | Path, name: str, default, mend: str = ""):
     """What a checkpoint was trained with, by its run.json; the default where there is none. Of
     adapters and the reference it is where the run's own checkpoint is. Raises DataError, which says
-    the mend; without one an older file may lack the setting."""
-    for place in (Path(directory), Path(directory).resolve().parent):
+    the mend; without one the file may be another program's, or older."""
+    places = [Path(directory)]
+    if places[0].resolve().name in ("sft", "adapter"):
+        places.append(places[0].resolve().parent)
+    for place in places:
         path = place / "run.json"
         if path.is_file():
             try:
                 settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
                 return type(default)(settings[name] if mend else settings.get(name, default))
             except (ValueError, LookupError, TypeError, AttributeError):
+                if not mend:
+                    return default
                 raise data.DataError(f"{path}: no {name} can be read from it{mend}") from None
     return default
 
@@ -277,18 +282,25 @@ def complete(directory: Path, tokenizer, run):
         if not s.init_from and tokenizer.path.parent.resolve() != directory.resolve():
             for name in {*VOCABULARIES} - {f"tokenizer{tokenizer.path.suffix}"}:
                 (directory / name).unlink(missing_ok=True)  # another run's, which might count first
-        counted = (run.out / "encoded").glob("*/counts.json")
-        chats = any(CHATS in read_json(path) for path in counted)
+        sets = encoded_sets(run)
+        chats = any(CHATS in read_json(place / "counts.json") for place in sets)
         if tokenizer.rendered:  # texts of any template end as that ends them
-            tokenizer.stops += learnt_ends(run.out / "encoded", tokenizer)
+            tokenizer.stops += learnt_ends(sets, tokenizer)
         complete_tokenizer(directory, tokenizer, chats or not s.init_from)
 
 
-def learnt_ends(encoded: Path, tokenizer) -> list[int]:
+def encoded_sets(run) -> list[Path]:
+    """Where the data lies that this run encoded to learn from: another may have been there."""
+    stages = {"sft": run.settings.sft_epochs, "pairs": run.settings.epochs}
+    places = [run.out / "encoded" / name for name, epochs in stages.items() if epochs]
+    return [place for place in places if (place / "counts.json").is_file()]
+
+
+def learnt_ends(sets: list[Path], tokenizer) -> list[int]:
     """The control tokens that what is learnt ends in, by the data that the run encoded."""
     found = set()
-    for place in encoded.glob("*/counts.json"):
-        arrays = (place.with_name(f"{name}.npy") for name in ("tokens", "learnt", "offsets"))
+    for place in sets:
+        arrays = (place / f"{name}.npy" for name in ("tokens", "learnt", "offsets"))
         tokens, learnt, offsets = (np.load(path, mmap_mode="r") for path in arrays)
         is_last = learnt & ~np.append(learnt[1:], False)
         is_last[offsets[1:] - 1] |= learnt[offsets[1:] - 1]  # where the next is learnt, too
@@ -312,14 +324,14 @@ def bring(directory: Path, source: str | Path = "", tokenizer: str | Path = ""):
             if not (beside / name).is_file():
                 (directory / name).unlink(missing_ok=True)  # another run's
             elif beside.resolve() != directory.resolve():
-                shutil.copy(beside / name, directory)
+                shutil.copyfile(beside / name, directory / name)
     else:
         beside = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
         for name in TOKENIZER_FILES - {*VOCABULARIES}:  # the one that counts is written already
             if not (tokenizer and (beside / name).is_file()):
                 (directory / name).unlink(missing_ok=True)
             elif beside.resolve() != directory.resolve():
-                shutil.copy(beside / name, directory)
+                shutil.copyfile(beside / name, directory / name)
 
 
 def complete_tokenizer(directory: Path, tokenizer, chats: bool):
@@ -329,13 +341,18 @@ def complete_tokenizer(directory: Path, tokenizer, chats: bool):
     config = read_json(path) if path.is_file() else {}
     if not config:
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
-        config |= {"unk_token": "<unk>"} | tokenizer.names
+        config |= {"unk_token": "<unk>"}
+        if tokenizer.path.suffix == ".json":  # that says the rest
+            config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= tokenizer.names
     if chats and not tokenizer.template:
         config["chat_template"] = PLAIN_TEMPLATE
     if not path.is_file() or config != read_json(path):
         write_json(path, config)
-    ends = [tokenizer.eos_id, *([end_of_turn(tokenizer)] if chats else []), *tokenizer.stops]
-    ends = list(dict.fromkeys(ends))
+    own = read_json(directory / "config.json").get("eos_token_id")
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    ends = [tokenizer.eos_id, *([end_of_turn(tokenizer)] if chats else []), *tokenizer.stops, *own]
+    ends = list(dict.fromkeys(ends))  # those that sample.py stops at
     said = ends if len(ends) > 1 else ends[0]
     path = directory / "generation_config.json"
     content = read_json(path if path.is_file() else directory / "config.json")

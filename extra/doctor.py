@@ -49,6 +49,8 @@ def survey(
             print(f"… {number:,} read", file=sys.stderr)
         try:
             example = formats.parse(where, row, "training")
+            if tokenizer and data.is_turns(example.prompt):
+                chat.check_rendered(example, tokenizer)
         except data.DataError as error:
             facts[UNUSABLE] += 1
             if facts[UNUSABLE] <= 3:
@@ -213,9 +215,9 @@ def usable_rows(out: str, inputs: list[str]):
 def main():
     parser = argparse.ArgumentParser(description="Look at preference or SFT files before training.")
     add = parser.add_argument
-    add("files", nargs="+", help=".jsonl or .jsonl.gz files; several are a mixture")
+    add("files", nargs="+", help="JSON lines or arrays, gzipped or not; several are a mixture")
     add("--eval", default="", help="evaluation files, comma-separated: are prompts shared?")
-    add("--tokenizer", help="tokenizer.model, or a directory with one: count and show tokens")
+    add("--tokenizer", help="a tokenizer or its directory: count and show tokens")
     add("--rendered", action="store_true", help="as for train.py: texts may hold control tokens")
     add("--max_length", type=int, default=512, help="as for train.py (default 512)")
     add("--max_prompt_length", type=int, default=256, help="as for train.py (default 256)")
@@ -232,7 +234,8 @@ def main():
             raise data.DataError("--max_prompt_length must be less than --max_length")
         if args.rendered and not args.tokenizer:
             raise data.DataError("--rendered says how texts are encoded: give a --tokenizer, too")
-        tokenizer = args.tokenizer and data.Tokenizer(args.tokenizer)
+        tokenizer = args.tokenizer and data.find_tokenizer(args.tokenizer)
+        tokenizer = tokenizer or (args.tokenizer and data.Tokenizer(args.tokenizer))
         if args.rendered:
             tokenizer.rendered = True
         total, unusable = Counter(), 0  # unusable: rows that stay where they are
@@ -247,7 +250,8 @@ def main():
     if len(files) > 1:
         print(f"\n{total['examples']:,} examples in all, each file compared with those before it")
     if args.out:
-        print(f"\n{args.out}: {total['examples']:,} rows, {total[UNUSABLE]:,} left out")
+        rows = total["examples"] + total["ties, left out"]
+        print(f"\n{args.out}: {rows:,} rows, {total[UNUSABLE]:,} left out")
     else:
         unusable += total[UNUSABLE]
     sys.exit(2 if unusable else 0)

@@ -50,7 +50,7 @@ def digest(dataset, model, checkpoint: Path, run) -> str:
     key = f"{config} {run.bf16} {run.device.type} {torch.__version__}"
     files = {file for place in places_of(checkpoint) for file in place.iterdir()}
     for file in sorted(files):
-        if file.suffix in (".safetensors", ".bin"):
+        if file.suffix in (".safetensors", ".bin") or file.name == "adapter_config.json":
             key += f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
     hashed = hashlib.sha256(key.encode())
     for array in (dataset.tokens, dataset.learnt, dataset.offsets, dataset.trees):

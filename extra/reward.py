@@ -73,7 +73,9 @@ def text_of(tokenizer, prompt, ids: list[int]) -> str | list[int]:
     if isinstance(prompt, list) and not data.is_turns(prompt):
         return ids
     text = tokenizer.decode(ids, continuation=True)
-    return text.strip() if data.is_turns(prompt) else text
+    if not data.is_turns(prompt) or prompt[-1]["role"] == "assistant":  # it goes on in a text
+        return text
+    return text.strip()
 
 
 def response_logps(model, dataset: data.Dataset) -> np.ndarray:
@@ -147,6 +149,10 @@ def encode_row(row: dict, example: data.Example, tokenizer, limits: list, counts
     `data.fit`; what is not ranked is only cut."""
     if not example.responses:
         raise data.DataError(f"{example.where}: has no response that could be scored")
+    if data.is_turns(example.prompt):
+        from extra.chat import check_written
+
+        check_written(example, tokenizer)
     counts.update(example.notes)
     if example.label == 0.5 and row.get("soft_label") is None:  # as a run leaves it out
         counts["dropped: tie"] += 1

@@ -231,7 +231,7 @@ class JsonTokenizer(Described):
             raise ValueError(f"{what}, nor config.json its id")
         plain, processed = (whole.encode("a", add_special_tokens=x).ids for x in (False, True))
         starts = (n for n in range(len(processed)) if processed[n:][: len(plain)] == plain)
-        self.opening = processed[: next(starts)]
+        self.opening = processed[: next(starts, 0)]
 
     def encode_at(self, place: str, texts: list[str]) -> list[list[int]]:
         """Ids of texts that stand at that place of a sequence."""
