@@ -441,9 +441,8 @@ def test_a_new_tokenizer_is_saved_with_what_others_want(tokenizer, tmp_path):
     model = Transformer(replace(SHAPES["tied"], vocab_size=320, bos_token_id=1, eos_token_id=2))
     save_pretrained(model.init_weights(0), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.proto)
-    settings = SimpleNamespace(
-        init_from="", tokenizer=""
-    )  # a new model, whatever it was trained on
+    # A new model, whatever it was trained on.
+    settings = SimpleNamespace(init_from="", tokenizer="", sft_epochs=1, epochs=1)
     complete(tmp_path, tokenizer, SimpleNamespace(settings=settings, out=tmp_path))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "The film was great."
