@@ -428,13 +428,13 @@ def test_a_tuned_checkpoint_is_whole_in_transformers(kind, tmp_path):
     """Its own files give our ids, and its generate stops where ours does: tokenizer.json as it
     came, the ends of an answer in generation_config.json, and more rows than tokens."""
     source = Path(make_json(tmp_path / "source", kind))
-    generation = {"eos_token_id": 2, "bos_token_id": 1, "max_new_tokens": 20}
+    generation = {"eos_token_id": [2, 6], "bos_token_id": 1, "max_new_tokens": 20}
     base_checkpoint(source, 640, generation)
     out = tune(tmp_path, source, CHAT_ROWS)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((out / "generation_config.json").read_text()) == generation | {
-        "eos_token_id": [4, 2]
+        "eos_token_id": [4, 2, 6]
     }
     ours, whole = data.Tokenizer(out), transformers.AutoTokenizer.from_pretrained(out)
     [prompt] = data.token_ids(data.Example(TALK, ()), ours)
@@ -443,11 +443,16 @@ def test_a_tuned_checkpoint_is_whole_in_transformers(kind, tmp_path):
     with torch.no_grad():
         theirs.lm_head.weight.zero_()
         theirs.lm_head.bias = torch.nn.Parameter(torch.zeros(640))
-    for end, said in ((4, [4]), (2, [2]), (9, [9] * 20)):  # it says one thing over and over
+    for end, said in (
+        (4, [4]),
+        (2, [2]),
+        (6, [6]),
+        (9, [9] * 20),
+    ):  # it says one thing over and over
         theirs.lm_head.bias.data.zero_()[end] = 1
         found = theirs.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0)
         assert found[0, len(prompt) :].tolist() == said
-    assert chat.stop_ids(ours) == {2, 4}
+    assert chat.stop_ids(ours) == {2, 4, 6}
 
 
 def test_a_base_checkpoint_learns_our_template_with_the_chats(tokenizer, tmp_path):
