@@ -71,7 +71,7 @@ def survey(
             facts["conversations"] += 1
             whole = example.prompt + example.responses[0]
             facts["turns in them, the best response's included"] += len(whole)
-        facts["with an empty response"] += any(map(is_empty, example.responses))
+        facts["with an empty response"] += not all(example.responses)
         facts["with identical responses"] += len(set(responses)) < len(responses)
         facts["duplicates of an earlier example"] += this in seen
         facts["contradictions of an earlier example"] += reverse in seen and this != reverse
@@ -95,11 +95,6 @@ def texts(content) -> list[str]:
     """Those of a prompt or a response; of token ids none."""
     turns = content if data.is_turns(content) else [{"content": content}]
     return [turn["content"] for turn in turns if isinstance(turn["content"], str)]
-
-
-def is_empty(response) -> bool:
-    """Has the response no text at all?"""
-    return not response
 
 
 def characters(content) -> int:

@@ -19,7 +19,6 @@ from extra.conversations import (
     number,
     said_nothing,
     short,
-    transcript,  # noqa: F401 - with check, what others take from here
     with_turns_before,
 )
 from extra.public import KINDS, QUESTIONS, Found, fits_none, prompt_alone

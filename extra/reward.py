@@ -149,7 +149,7 @@ def encode_row(row: dict, example: data.Example, tokenizer, limits: list, counts
     `data.fit`; what is not ranked is only cut."""
     if not example.responses:
         raise data.DataError(f"{example.where}: has no response that could be scored")
-    if data.is_turns(example.prompt):
+    if data.is_turns(example.prompt) and tokenizer:
         from extra.chat import check_written
 
         check_written(example, tokenizer)

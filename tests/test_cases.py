@@ -210,6 +210,14 @@ def test_what_sampling_does_not_hand_on_is_refused(tokenizer, tmp_path):
     assert "x.jsonl:1: the chat template leaves out 'tools'" in told.stderr
 
 
+def test_conversations_are_not_scored_without_a_tokenizer(tmp_path):
+    model_beside(tmp_path / "m")
+    path = write_jsonl(tmp_path / "x.jsonl", [CHAT])
+    flags = ("--compare", tmp_path / "m", "--score", path)
+    told = run_here("sample.py", tmp_path / "m", *flags, expect=2)
+    assert "x.jsonl:1: text needs a tokenizer" in told.stderr
+
+
 def test_a_drawn_answer_that_goes_on_keeps_its_space(tokenizer):
     from extra.reward import text_of
 

@@ -16,7 +16,7 @@ from conftest import ROOT, make_model, save_tokenizer, sequences, turns, write_j
 
 import data
 import sample
-from extra import chat, encoded, formats
+from extra import chat, conversations, encoded, formats
 from model import ModelConfig, save_pretrained
 
 H, A = "\n\nHuman: ", "\n\nAssistant: "
@@ -168,7 +168,7 @@ def test_chat_templates(tokenizer, tmp_path, name):
 
 def test_a_plain_template_writes_transcripts_as_they_are(tokenizer):
     text = f"{H}hi there\nyou {A} lo{H}2+2?{A}4"
-    talk = formats.transcript(text)
+    talk = conversations.transcript(text)
     template = chat.template_of(tokenizer)
     ended = f"<s>{H}hi there\nyou {A} lo</s>{H}2+2?{A}4</s>"
     assert template.render(talk, False) == ended, "every answer ends"
