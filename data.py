@@ -98,7 +98,8 @@ class Tokenizer:
                 raise DataError(said[1]) from None
             why = str(error).rsplit("] ", 1)[-1].strip() or "is there any text?"
             raise DataError(f"no tokenizer of {vocab_size} pieces can be trained: {why}") from None
-        (directory / "tokenizer.model").write_bytes(model.getvalue())
+        (directory / "tokenizer.new").write_bytes(model.getvalue())
+        (directory / "tokenizer.new").replace(directory / "tokenizer.model")
 
     def encode(self, text: str | list[str], continuation: bool = False):
         """Ids of a text (or of each of a list), without BOS and EOS; decode gives the text back."""
@@ -131,15 +132,6 @@ class Example(NamedTuple):
     margin: float = math.nan  # by how much, for the losses that ask; nan: not known
     context: dict | None = None  # what a chat template is handed beside the turns: tools, …
     notes: tuple = ()  # what was made of the row, counted when it is encoded
-
-
-def read_point(out: Path) -> dict:
-    """The state that the run there left last, and its settings; {} if none. Raises DataError."""
-    path = out / "resume" / "point.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError):
-        raise DataError(f"{path}: cannot be read: --save_every leaves a state to resume") from None
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
@@ -203,6 +195,7 @@ class Dataset:
     offsets: np.ndarray  # sequence s is tokens[offsets[s] : offsets[s + 1]]
     trees: np.ndarray  # example e is sequences trees[e] : trees[e + 1], its prompt first
     facts: np.ndarray  # (examples, 3) float32: weight, label and margin of an Example
+    where: np.ndarray | None = None  # (examples,) bytes, file:line of each, for messages
     reference: np.ndarray | None = None  # (responses,) log π_ref of each, once it is known
 
     __len__ = lambda self: len(self.facts)
@@ -290,20 +283,21 @@ def encode(
     """Encode, cut what is too long, drop what that spoils, and count both. A prompt over
     `max_prompt` tokens loses its beginning, but for BOS; a response that passes `max_length` with
     its prompt loses its end, and EOS. Raises DataError if no example remains."""
-    counts, facts = Counter(examples=0), []
+    counts, facts, where = Counter(examples=0), [], []
 
     def trees():
         for example in examples:
             counts.update(["examples", *example.notes])
             if tree := fit(token_ids(example, tokenizer), max_length, max_prompt, counts):
                 facts.append((example.weight, example.label, example.margin))
+                where.append(example.where.encode())
                 yield tree
 
     dataset = to_dataset(trees(), facts)
     if not len(dataset):
         reasons = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
         raise DataError(f"no example is left ({reasons}): raise --max_length, or mend the data")
-    return dataset, counts
+    return replace(dataset, where=np.array(where)), counts
 
 
 @dataclass(frozen=True)

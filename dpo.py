@@ -174,8 +174,10 @@ def take_step(model, optimizer, batches: Iterable, loss_of, scale: float, clip: 
         (loss * scale).backward()
         sums.update(metrics)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or torch.inf)
-    optimizer.step()
-    optimizer.zero_grad()
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     sums = run.total(sums)
-    return sums | {"grad_norm": norm * sums["count"]}  # before clipping
+    usable = torch.isfinite(norm + sums["loss"])  # the same on all ranks
+    if usable:
+        optimizer.step()
+    optimizer.zero_grad()
+    return sums | {"grad_norm": norm * sums["count"]} if usable else {}  # before clipping

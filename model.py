@@ -342,6 +342,13 @@ def load_pretrained(directory: str | Path) -> Transformer:
 
 
 @torch.no_grad()
+def write_whole(path: Path, content: bytes):
+    """Beside it, and then in its place: never half of it."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(content)
+    new.replace(path)
+
+
 def save_pretrained(model: Transformer, directory: str | Path, writes: bool = True):
     """Write a checkpoint in the Llama layout, in float32. (all ranks, one of which writes) A kill
     leaves the old one, or one without config.json, which nothing opens, but never a mixture."""
@@ -361,5 +368,4 @@ def save_pretrained(model: Transformer, directory: str | Path, writes: bool = Tr
     kind = f"{model.config.model_type.capitalize()}ForCausalLM"
     content = {"architectures": [kind]} | asdict(model.config) | {"hidden_act": "silu"}
     content |= {"dtype": "float32", "torch_dtype": "float32"}
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    new.replace(directory / "config.json")
+    write_whole(directory / "config.json", (json.dumps(content, indent=2) + "\n").encode())

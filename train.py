@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -84,21 +84,25 @@ def parse_settings(arguments: list[str]) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     lines = [line for line in inspect.getsource(Settings).splitlines() if "  # " in line]
     comments = {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines}
-    for field in dataclasses.fields(Settings)[:-1]:
+    fields = dataclasses.fields(Settings)
+    for field in fields[:-1]:
         kind = {"type": field.type}
         if field.type is bool:  # --resume is --resume=true
             kind = {"type": json.loads, "choices": [True, False], "nargs": "?", "const": True}
         text = f"{comments[field.name]} (default {field.default!r})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
-    given, base = vars(parser.parse_known_args(arguments)[0]), {"options": {}}
+    given, point, base = vars(parser.parse_known_args(arguments)[0]), {}, {}
     if given.get("resume"):
-        base |= data.read_point(Path(given.get("out_dir", Settings.out_dir))).get("settings", {})
+        point = read_point(Path(given.get("out_dir", Settings.out_dir)))
+        saved = point.get("settings", {})
+        base = {field.name: saved[field.name] for field in fields if field.name in saved}
     loss = dpo.find_loss((base | given).get("loss", Settings.loss))  # whose options are flags, too
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:
         base.setdefault("beta", beta.default)
+    saved, base["options"] = base.get("options", {}), {}
     for option in options:
-        base["options"].setdefault(option.name, option.default)
+        base["options"][option.name] = saved.get(option.name, option.default)
         parser.add_argument(f"--{option.name}", type=float, default=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     known = base | given
@@ -107,7 +111,7 @@ def parse_settings(arguments: list[str]) -> Settings:
     with contextlib.suppress(ImportError):
         from extra.refusals import check  # what is out of range, or would be ignored
 
-        check(settings, given, base)
+        check(settings, given, point)
     return settings
 
 
@@ -131,30 +135,45 @@ class Run:
         self.mean_logratio = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-        self.point = data.read_point(self.out) if settings.resume else {}
-        if self.rank == 0:
-            self.begin_records()
-        self.wait()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+        self.about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
+        self.save, self.watched = lambda: None, contextlib.nullcontext()
+        with contextlib.suppress(ImportError):
+            from extra.guard import protect
 
-    def begin_records(self):
+            protect(self)  # by a lock, and from signals and what fails on one rank alone
+        self.point = self.alone(self.begin)  # what the last state says, if the run goes on from it
+
+    def begin(self) -> dict:
+        """Make or find the directory of the run. (rank 0)"""
         metrics, resume = self.out / "metrics.jsonl", self.out / "resume"
-        if self.point:  # what was recorded after the state will be again
-            shutil.copy(resume / self.point["state"] / metrics.name, metrics)
+        (self.out / "encoded").mkdir(parents=True, exist_ok=True)
+        point = read_point(self.out, whole=True) if self.settings.resume else {}
+        if point:  # what was recorded after the state will be again
+            llm.write_whole(metrics, (resume / point["state"] / metrics.name).read_bytes())
         else:
             for place in (resume, self.out / "adapter"):  # another run's
                 shutil.rmtree(place, ignore_errors=True)
-            (self.out / "encoded").mkdir(parents=True, exist_ok=True)
             metrics.write_text("")
-            about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
-            new = self.out / "run.json.new"
-            new.write_text(json.dumps(about, indent=2) + "\n")
-            new.replace(self.out / "run.json")
+            llm.write_whole(self.out / "run.json", json.dumps(self.about, indent=2).encode())
         if self.settings.wandb != "disabled":
             import wandb
 
             where = {"project": "dpo", "name": self.out.name, "dir": self.out}
             self.wandb = wandb.init(**where, mode=self.settings.wandb, config=self.config)
+        return point
+
+    def alone(self, work: Callable, *inputs):
+        """What rank 0 gets from it, for all ranks. (all ranks)"""
+        found = [work(*inputs) if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+    def watch(self, items: Iterable, together: bool = True) -> Iterable:
+        """The items of any loop that can last: extra/guard.py ends them when a signal asks for it,
+        on all ranks that are at it `together` before the same item."""
+        return items
 
     def total(self, sums: dict) -> dict[str, torch.Tensor]:
         """The sums over the ranks, in one all_reduce, in float64. (all ranks)"""
@@ -185,6 +204,8 @@ class Run:
         shown = ("/loss", "/rewards/accuracies", "/rewards/margins", "/rewards/chosen")
         words = [f"{name} {row[name]:.4g}" for name in row if name.endswith(shown)]
         self.say("  ".join([f"{stage} {row['step']}", *words, note]))
+        if not all(map(math.isfinite, row.values())):
+            raise data.DataError(f"{stage} diverged by step {row['step']}: lower its learning rate")
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage} | row) + "\n")
@@ -197,10 +218,9 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
     s, sets, encode = run.settings, {}, lambda run, name, *inputs: data.encode(*inputs)
     with contextlib.suppress(ImportError):
         from extra.encoded import encode_once as encode  # on disk, for all ranks and when resumed
-    if run.rank == 0 and not (s.init_from or s.tokenizer or run.point):
+    if not (s.init_from or s.tokenizer or run.point):
         examples = data.read_examples(s.sft_data or s.data, "demonstrations")
-        data.Tokenizer.train(examples, run.out / "encoded", s.vocab_size)
-    run.wait()
+        run.alone(data.Tokenizer.train, examples, run.out / "encoded", s.vocab_size)
     find = data.find_tokenizer if s.init_from else data.Tokenizer
     tokenizer = find(s.init_from or s.tokenizer or run.out / "encoded")
     if tokenizer:
@@ -212,8 +232,9 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
         ("eval pairs", s.eval_data, "preferences", s.epochs),
     ):
         if paths and epochs:
-            inputs = data.read_examples(paths, kind), tokenizer, s.max_length, s.max_prompt_length
-            sets[name], counts = encode(run, name, *inputs)
+            examples = run.watch(data.read_examples(paths, kind), together=False)
+            limits = s.max_length, s.max_prompt_length
+            sets[name], counts = encode(run, name, examples, tokenizer, *limits)
             found = [f"{count:,} {what}" for what, count in counts.items() if count]
             run.say(f"{name}: {', '.join(found)} in {paths}")
     return tokenizer, sets
@@ -246,13 +267,12 @@ def save_model(model, tokenizer, directory: Path, run: Run):
 
         finish(model, directory, run)  # they are merged into the model's weights
     llm.save_pretrained(model, directory, writes=run.rank == 0)
-    if run.rank == 0:
-        if tokenizer:
-            (directory / f"tokenizer{tokenizer.path.suffix}").write_bytes(tokenizer.proto)
-        with contextlib.suppress(ImportError):
-            from extra.checkpoints import complete  # what other programs want beside it
+    if tokenizer and run.rank == 0:
+        llm.write_whole(directory / f"tokenizer{tokenizer.path.suffix}", tokenizer.proto)
+    with contextlib.suppress(ImportError):
+        from extra.checkpoints import complete  # what other programs want beside it
 
-            complete(directory, tokenizer, run)
+        run.alone(complete, directory, tokenizer, run)
     run.wait()
 
 
@@ -261,26 +281,28 @@ def micro_batches(dataset, examples, run: Run, factor: int = 1) -> Iterator[data
     each is made and copied, from pinned memory, while the GPU still works on the last one."""
     examples = np.arange(len(dataset)) if examples is None else examples
     inputs = dataset.lengths, examples, factor * run.settings.micro_batch_tokens, run.world
-    for part in data.pack(*inputs)[run.rank]:
+    for part in run.watch(data.pack(*inputs)[run.rank]):
         yield data.collate(dataset, part).to(run.device)
 
 
 def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dataset:
     """The data set with log π_ref of every response, computed once, by one pass. (all ranks)"""
-    count, kept = dataset.responses(), lambda compute, *_: compute()
+    count, kept = dataset.responses(), lambda compute, *_: compute(None)
     with contextlib.suppress(ImportError):
         from extra.kept import kept  # a sweep from one checkpoint computes it once
 
-    def logps(examples: np.ndarray | None, factor: int) -> torch.Tensor:
+    def logps(examples: np.ndarray | None, factor: int = 2) -> torch.Tensor:
         batches = micro_batches(dataset, examples, run, factor)
         with run.autocast:
             return run.total({"": dpo.reference_logps(model, batches, count)})[""].cpu()
 
-    values = kept(partial(logps, None, 2), dataset, model, checkpoint, run)
+    values = kept(logps, dataset, model, checkpoint, run)
     # The policy is still the reference: in the micro-batches of training they must agree, too.
     again = logps(np.arange(min(len(dataset), run.settings.batch_size)), 1)
     worst, tolerance = (again - values)[again != 0].abs().max().item(), 0.5 if run.bf16 else 0.01
     run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")
+    if not values.isfinite().all():
+        raise data.DataError(f"{checkpoint}: log-probs by this model are not finite: its weights")
     if not worst <= tolerance:
         what = f"policy and reference must agree at step 0, but differ by {worst:.3g} nats"
         raise data.DataError(f"{what}: delete reference-*.npy in {checkpoint} or {run.out}/encoded")
@@ -291,17 +313,25 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
     """Train to the end of a stage, from its start or from where a saved state left it. (all ranks)
     SFT and DPO differ in their data and in `loss_of(log-probs, batch)`, which gives a micro-batch's
     summed loss, and the sums for the metrics."""
-    s, totals = run.settings, Counter()
+    s = run.settings
     optimizer = dpo.make_optimizer(model, s.optimizer, s.weight_decay)
     per_epoch = math.ceil(len(train) / s.batch_size)
     steps = min(epochs * per_epoch, s.max_steps or math.inf)
-    first = load_state(stage, model, optimizer, run)
+    first, totals = load_state(stage, model, optimizer, run)
     run.say(f"{stage}: {len(train):,} examples, steps {first} to {steps} of {s.batch_size}")
-    test = lambda: dpo.evaluate(model, micro_batches(held_out, None, run, 2), loss_of, run)
-    if held_out and not first:
-        run.record(stage, {"step": 0} | test())
-    run.since = time.perf_counter()
-    for step in range(first, steps):
+    run.since, skipped = time.perf_counter(), []
+    run.save = lambda: save_state(stage, step, totals, model, optimizer, run)
+    for step in range(first, steps + 1):  # of which so many are done
+        paused = time.perf_counter()
+        due = s.save_every and step % s.save_every == 0 and first < step < steps
+        if due and step - 1 not in skipped:
+            run.save()
+        if held_out and (step in (0, steps) or (s.eval_every and step % s.eval_every == 0)):
+            batches = micro_batches(held_out, None, run, 2)
+            run.record(stage, {"step": step} | dpo.evaluate(model, batches, loss_of, run))
+        run.since += time.perf_counter() - paused
+        if step == steps:
+            break
         # Which examples: a pure function of the step, as is which of them are this rank's.
         order = data.order_of(step // per_epoch, len(train), s.seed if s.shuffle else None)
         examples = order[step % per_epoch * s.batch_size :][: s.batch_size]
@@ -313,66 +343,96 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         batches = micro_batches(train, examples, run)
         sums = dpo.take_step(model, optimizer, batches, loss_of, scale, s.grad_clip, run)
         totals.update(sums)
+        if not sums:
+            skipped.append(step)
+            where = b", ".join(train.where[examples]).decode()
+            row = {"step": step + 1, "train/skipped_steps": len(skipped)}
+            run.record(stage, row, f"is skipped, as loss or gradient is not finite: {where}")
+        if skipped[-10:] == [*range(step - 9, step + 1)]:
+            raise data.DataError(f"{stage} diverged by step {step + 1}: lower its learning rate")
         run.counts.update(pairs=len(examples), tokens=train.lengths[examples].sum())
-        if stage == "dpo":
+        if stage == "dpo" and sums:
             run.mean_logratio.copy_(dpo.mean_logratio(sums, s.beta))
         done = step + 1
-        save = s.save_every > 0 and done % s.save_every == 0 and done < steps
-        if done % s.log_every == 0 or done == steps or save:  # a state begins with no sums
+        if done % s.log_every == 0 or done == steps:
             row = {"step": done, "epoch": done / per_epoch, "train/learning_rate": group["lr"]}
             row |= dpo.averages(totals, "train") | run.rates()  # the first waits for the GPU
-            if not all(map(math.isfinite, row.values())):
-                raise data.DataError(f"{stage} diverged by step {done}: lower its learning rate")
             left = (steps - done) * s.batch_size / row["pairs_per_second"]
             run.record(stage, row, f"{row['pairs_per_second']:.0f} pairs/s, {left:.0f} s left")
-            totals = Counter()
-        paused = time.perf_counter()
-        if held_out and (done == steps or (s.eval_every and done % s.eval_every == 0)):
-            run.record(stage, {"step": done} | test())
-        if save:
-            save_state(stage, done, model, optimizer, run)
-        run.since += time.perf_counter() - paused
+            totals.clear()
+    with contextlib.suppress(ImportError):
+        from extra.guard import check_end  # is it a model that is worth saving?
+
+        check_end(stage, model, run)
 
 
-def state_of(model, optimizer, run: Run) -> dict:
-    """What a run resumes from: what is trained and its moments, sharded as they are. (all ranks)"""
+def read_point(out: Path, whole: bool = False) -> dict:
+    """What the last state of the run there says; {} if there is none. whole: it is verified."""
+    with contextlib.suppress(ImportError):
+        from extra.states import newest  # the one before it, if it is not whole
+
+        return newest(out, whole)
+    points = sorted(out.glob("resume/*-*/point.json"), key=os.path.getmtime)
+    return json.loads(points[-1].read_text(encoding="utf-8")) if points else {}
+
+
+def tensors_of(model, optimizer) -> dict:
+    """What is trained and its moments, sharded as they are: to be saved, or read into."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": moments, "mean_logratio": run.mean_logratio}
+    return {"model": weights, "optimizer": moments["state"]}
 
 
-def save_state(stage: str, step: int, model, optimizer, run: Run):
-    """A state to resume from; it counts once point.json names it. (all ranks)"""
+def save_state(stage: str, step: int, totals: dict, model, optimizer, run: Run):
+    """All that the rest of the run depends on; of a stage's start only that it is there, as that
+    begins from a checkpoint. Until it is whole, the state before it counts. (all ranks)"""
     import torch.distributed.checkpoint as dcp
 
-    place, state = run.out / "resume" / f"{stage}-{step}", state_of(model, optimizer, run)
-    dcp.save(state, checkpoint_id=place, no_dist=run.world == 1)
-    if run.rank == 0:
-        shutil.copy(run.out / "metrics.jsonl", place)
-        point = {"stage": stage, "step": step, "state": place.name, "settings": run.config}
-        (place / "point.json").write_text(json.dumps(point | {"cwd": os.getcwd()}))
-        (place / "point.json").replace(place.parent / "point.json")
-        for old in {*place.parent.glob("*-*")} - {place}:
-            shutil.rmtree(old)
-    run.wait()
+    before, name, new = run.point.get("state"), f"{stage}-{step}", run.out / "resume" / "new"
+    if name == before:
+        return
+    run.alone(shutil.rmtree, new, True)
+    if step:
+        optimizer.zero_grad()
+        dcp.save(tensors_of(model, optimizer), checkpoint_id=new, no_dist=run.world == 1)
+    run.point = run.about | {"stage": stage, "step": step, "state": name}
+    run.point["totals"] = {name: float(value) for name, value in totals.items()}
+    run.point["mean_logratio"] = float(run.mean_logratio)
+
+    def finish():
+        new.mkdir(parents=True, exist_ok=True)
+        (new / "point.json").write_text(json.dumps(run.point), encoding="utf-8")
+        shutil.copy(run.out / "metrics.jsonl", new)
+        seal = lambda new, place, before: new.rename(place)
+        with contextlib.suppress(ImportError):
+            from extra.states import seal  # with digests, on the disk before it counts
+        seal(new, new.with_name(name), before)
+
+    run.alone(finish)
 
 
-def load_state(stage: str, model, optimizer, run: Run) -> int:
-    """Restore what this stage left; returns the steps already done. (all ranks)"""
-    if run.point.get("stage") != stage:
-        return 0
+def load_state(stage: str, model, optimizer, run: Run) -> tuple[int, Counter]:
+    """Restore what this stage left: the steps done, and the sums since the last row. (all ranks)"""
+    point = run.point
+    if point.get("stage") != stage:
+        return 0, Counter()
     import torch.distributed.checkpoint as dcp
 
-    state = state_of(model, optimizer, run)  # the very tensors, into which it is read
-    dcp.load(state, checkpoint_id=run.out / "resume" / run.point["state"], no_dist=run.world == 1)
-    return run.point["step"]
+    if point["step"]:
+        tensors = tensors_of(model, optimizer)  # the very ones, into which it is read
+        place = run.out / "resume" / point["state"]
+        dcp.load(tensors, checkpoint_id=place, no_dist=run.world == 1)
+    run.mean_logratio.fill_(point["mean_logratio"])
+    return point["step"], Counter(point["totals"])
 
 
 def train(run: Run):
     """Both stages, from the text to the final checkpoint. (all ranks)"""
     s, sft_dir = run.settings, run.out / "sft"  # the latter is what DPO starts from, if made here
+    if run.point.get("stage") == "done":
+        return run.say(f"{run.out}: this run is finished")
     tokenizer, sets = load_data(run)
     vocab_size = 1 + max(int(dataset.tokens.max()) for dataset in sets.values())
     sft_done = run.point.get("stage") == "dpo" and s.sft_epochs > 0
@@ -390,6 +450,7 @@ def train(run: Run):
         both = sets["sft"], sets.get("sft eval")
         train_stage("sft", model, *both, dpo.sft_loss, s.sft_epochs, s.sft_learning_rate, run)
         save_model(model, tokenizer, sft_dir if s.epochs else run.out, run)
+        save_state("dpo" if s.epochs else "done", 0, {}, None, None, run)
     if s.epochs:
         options = {"loss": dpo.find_loss(s.loss), "beta": s.beta, "sft_weight": s.sft_weight}
         options |= {"mean_logratio": run.mean_logratio, **s.options}
@@ -399,6 +460,7 @@ def train(run: Run):
         both = [dataset and with_reference(dataset, model, checkpoint, run) for dataset in both]
         train_stage("dpo", model, *both, loss_of, s.epochs, s.learning_rate, run)
         save_model(model, tokenizer, run.out, run)
+        save_state("done", 0, {}, None, None, run)
     run.say(f"saved {run.out}")
 
 
@@ -409,7 +471,8 @@ def main(arguments: list[str]):
         return run_experiment(arguments)
     try:
         run = Run(parse_settings(arguments))
-        train(run)
+        with run.watched:
+            train(run)
     except (data.DataError, llm.CheckpointError, OSError, ImportError) as error:  # on any rank
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -273,22 +273,27 @@ def run_experiment(arguments: list[str]):
     given = {word.split("=")[0][2:] for word in arguments}
     for name in given & {"eval_data", "sft_data"}:
         sys.exit(f"train.py: --{name} would be ignored: the built-in experiment brings its own")
-    later = [] if "resume" in given else ["--data=later", "--eval_data=later"]
-    out = [] if "out_dir" in given else ["--out_dir=out/reviews"]
     first = os.environ.get("RANK", "0") == "0"
-    try:
-        settings = train.parse_settings([*later, *out, *arguments])
-        out = Path(settings.out_dir)
-        if first and not settings.resume:
-            write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
-    except (data.DataError, CheckpointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    if settings.resume:
-        train.main([f"--data={settings.data}", f"--out_dir={out}", *arguments])
-        if Path(settings.data).name != "pairs.jsonl" or not (out / "sft.jsonl").is_file():
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--out_dir", default="out/reviews", type=Path)
+    parser.add_argument("--resume", default="false", const="true", nargs="?")
+    known, _ = parser.parse_known_args(arguments)
+    out, arguments = known.out_dir, [f"--out_dir={known.out_dir}", *arguments]
+    saved = train.read_point(out).get("settings") if known.resume == "true" else None
+    if saved:
+        train.main([f"--data={saved['data']}", *arguments])
+        if Path(saved["data"]).name != "pairs.jsonl" or not (out / "sft.jsonl").is_file():
             return  # it was a run on somebody's own files
+        settings = train.Settings(sft_epochs=saved["sft_epochs"], epochs=saved["epochs"])
     else:
+        try:
+            settings = train.parse_settings(["--data=later", "--eval_data=later", *arguments])
+            if first:
+                lock = hold(out)  # until the run holds it, too
+                write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
+        except (data.DataError, CheckpointError, OSError) as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            sys.exit(2)
         files = {"data": "pairs", "eval_data": "eval", "sft_data": "sft"}
         unused = set() if settings.sft_epochs else {"sft_data", "sft_learning_rate"}
         unused |= set() if settings.epochs else {"beta", "learning_rate"}
@@ -296,10 +301,9 @@ def run_experiment(arguments: list[str]):
             unused.add("beta")
         flags = SETTINGS | {name: out / f"{file}.jsonl" for name, file in files.items()}
         flags = {name: x for name, x in flags.items() if name not in given | unused}
-        flags = [f"--{name}={x}" for name, x in flags.items()]
-        train.main([*flags, f"--out_dir={out}", *arguments])
+        train.main([*[f"--{name}={x}" for name, x in flags.items()], *arguments])
     if first and settings.epochs:
-        report(out, out / "sft" if settings.sft_epochs else settings.init_from)
+        report(out, out / "sft" if settings.sft_epochs else saved["init_from"] if saved else settings.init_from)
 
 
 def label(candidates: str, out: str):

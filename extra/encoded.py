@@ -1,36 +1,66 @@
 """Encoded data on disk: rank 0 encodes once, all ranks map it, and so does a resumed run.
 
-In the directory of the run, `encoded/<name>/`: an array a file, and counts.json, written last.
+In the directory of the run, `encoded/<name>/`: an array a file, counts.json, and, written last,
+made_of.json: the digest of what it was made of, and of each of these files.
 """
 
+import hashlib
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 import data
+from extra.guard import sha256
 
-ARRAYS = ("tokens", "learnt", "offsets", "trees", "facts")
+ARRAYS = ("tokens", "learnt", "offsets", "trees", "facts", "where")
 
 
 def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Dataset, Counter]:
     """`data.encode(examples, tokenizer, *limits)`, kept under that name. (all ranks)"""
     place = run.out / "encoded" / name.replace(" ", "_")
-    counts = place / "counts.json"
-    if run.rank == 0 and not (run.point and counts.is_file()):
-        place.mkdir(parents=True, exist_ok=True)
-        counts.unlink(missing_ok=True)
-        dataset, found = data.encode(encode_ahead(examples, tokenizer), tokenizer, *limits)
-        for array in ARRAYS:
-            np.save(place / f"{array}.npy", getattr(dataset, array))
-        counts.write_text(json.dumps(found), encoding="utf-8")
-    run.wait()
+    run.alone(encode_in, place, run, examples, tokenizer, *limits)
     arrays = (np.load(place / f"{array}.npy", mmap_mode="r") for array in ARRAYS)
-    found = Counter(json.loads(counts.read_text(encoding="utf-8")))
+    found = Counter(json.loads((place / "counts.json").read_text(encoding="utf-8")))
     found.pop("conversations", None)  # is there for extra/checkpoints.py
     return data.Dataset(*arrays), found
+
+
+def encode_in(place: Path, run, examples, tokenizer, *limits):
+    """Write the encoded examples there, unless a run that is resumed has done so."""
+    made_of = place / "made_of.json"
+    key = digest(run, tokenizer, limits)
+    if run.settings.resume and is_whole(made_of, key):
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    made_of.unlink(missing_ok=True)
+    dataset, found = data.encode(encode_ahead(examples, tokenizer), tokenizer, *limits)
+    for array in ARRAYS:
+        np.save(place / f"{array}.npy", getattr(dataset, array))
+    (place / "counts.json").write_text(json.dumps(found), encoding="utf-8")
+    files = {file.name: sha256(file) for file in sorted(place.iterdir())}
+    new = place / "made_of.new"
+    new.write_text(json.dumps({"key": key, "files": files}), encoding="utf-8")
+    new.replace(made_of)
+
+
+def digest(run, tokenizer, limits: tuple) -> str:
+    """Of all that the encoded examples depend on: contents of files, the tokenizer, cuts."""
+    said = [run.about["digests"], run.settings.rendered, limits, tokenizer and tokenizer.proto]
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def is_whole(made_of: Path, key: str) -> bool:
+    """Whether what is there was made of the same, and is as it was written."""
+    try:
+        made = json.loads(made_of.read_text(encoding="utf-8"))
+        files = {name: sha256(made_of.parent / name) for name in made["files"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return made == {"key": key, "files": files}
 
 
 def encode_ahead(examples: Iterable[data.Example], tokenizer) -> Iterator[data.Example]:

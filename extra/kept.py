@@ -2,13 +2,16 @@
 
 A sweep over β or over losses from one checkpoint, or a resumed run, finds them there, under a
 digest of token ids, numerics, and the weight files' names, sizes and times. Where that directory
-cannot be written they are in encoded/ in that of the run.
+cannot be written they are in encoded/ in that of the run. A pass that was interrupted has left
+what it had; what is missing, nan, is computed then. A file ends with the SHA-256 of the rest.
 """
 
 import contextlib
 import hashlib
+import io
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,32 +20,76 @@ import torch
 
 from extra.checkpoints import places_of
 
+MICRO_BATCHES = 64  # of each rank, between two looks at the time
+SECONDS = 60  # between two writes of a pass that lasts
+
 
 def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torch.Tensor:
-    """What `compute()` gives, (responses,) in float64, or what an earlier run kept. (all ranks)
+    """log π_ref, (responses,) in float64: what an earlier run kept, and of other examples what
+    `compute(examples)` gives, (responses,), 0 of those that were not asked for. (all ranks)
 
     checkpoint: the directory of the reference; of a new model none, and nothing is kept.
     """
-    path, values = None, None
-    if run.rank == 0 and checkpoint:
-        where = Path(checkpoint)
-        name = f"reference-{digest(dataset, model, where, run)}.npy"
-        path = (where if os.access(where, os.W_OK) else run.out / "encoded") / name
-        with contextlib.suppress(OSError, ValueError, EOFError):  # none, or it is not whole
-            values = np.load(path)
-            if values.shape != (dataset.responses(),) or not np.isfinite(values).all():
-                values = None
-    if run.total({"": values is not None})[""].item():
-        run.say(f"reference: {dataset.responses():,} log-probs found in {path}")
-        mine = np.zeros(dataset.responses()) if values is None else values
-        return run.total({"": torch.from_numpy(mine)})[""].cpu()
-    computed = compute()
-    run.say(f"reference: {dataset.responses():,} log-probs computed")
-    if path:
-        new = path.with_suffix(f".{os.getpid()}.npy")  # another run may be at the same
-        np.save(new, computed.numpy())
-        new.replace(path)
-    return computed
+    count = dataset.responses()
+    path, values = run.alone(find, dataset, model, checkpoint, run) if checkpoint else (None, None)
+    values = np.full(count, np.nan) if values is None else values
+    known = np.isfinite(values)
+    if known.any():
+        run.say(f"reference: {known.sum():,} log-probs found in {path}")
+    written, new = time.monotonic(), 0
+    rows = MICRO_BATCHES * 2 * run.settings.micro_batch_tokens * run.world
+    try:
+        for examples, responses in parts_of(dataset, rows):
+            if known[responses].all():
+                continue
+            values[responses] = compute(examples)[responses].numpy()
+            new += responses.stop - responses.start
+            if run.rank == 0 and path and time.monotonic() - written > SECONDS:
+                write(path, values)
+                written = time.monotonic()
+    except BaseException:
+        if run.rank == 0 and path and new:
+            with contextlib.suppress(OSError):
+                write(path, values)
+        raise
+    if new:
+        run.say(f"reference: {new:,} log-probs computed")
+        if path:
+            run.alone(write, path, values)
+    return torch.from_numpy(values)
+
+
+def parts_of(dataset, rows: int) -> Iterator[tuple[np.ndarray, slice]]:
+    """The examples in parts of about so many rows of the stream each, and which responses are
+    theirs; always the same parts, so that it does not matter where a pass was interrupted."""
+    ends = np.cumsum(dataset.lengths)
+    bounds = [0, *np.searchsorted(ends, np.arange(rows, ends[-1], rows)).tolist(), len(dataset)]
+    for first, last in zip(bounds, bounds[1:]):
+        if first < last:
+            responses = slice(*(int(dataset.trees[e]) - e for e in (first, last)))
+            yield np.arange(first, last), responses
+
+
+def find(dataset, model, checkpoint: str | Path, run) -> tuple[Path, np.ndarray | None]:
+    """Where they are kept, and what is there; None if there is nothing that can be used."""
+    where = Path(checkpoint)
+    name = f"reference-{digest(dataset, model, where, run)}.npy"
+    path = (where if os.access(where, os.W_OK) else run.out / "encoded") / name
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            values = np.load(io.BytesIO(content))
+            if values.shape == (dataset.responses(),) and values.dtype == np.float64:
+                return path, values
+    return path, None
+
+
+def write(path: Path, values: np.ndarray):
+    content = io.BytesIO()
+    np.save(content, values)
+    new = path.with_suffix(f".{os.getpid()}.npy")  # another run may be at the same
+    new.write_bytes(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+    new.replace(path)
 
 
 def digest(dataset, model, checkpoint: Path, run) -> str:

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from data import DataError, read_point
+from data import DataError
 from extra.checkpoints import places_of
 from model import load_config
 
@@ -22,25 +22,19 @@ NEW_MODEL = {"vocab_size", "hidden_size", "num_layers", "num_heads"}
 POSITIVE = NEW_MODEL | {"beta", "batch_size", "micro_batch_tokens", "max_prompt_length"}
 POSITIVE |= {"log_every"}
 OPTIONS_ABOVE_0 = {"exo": "label_smoothing", "chipo": "gamma", "fdpo_alpha": "alpha"}
-MAY_CHANGE = {
-    "resume",
-    "out_dir",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "wandb",
-}  # when resuming
+MAY_CHANGE = {"log_every", "eval_every", "save_every", "save_adapter", "wandb"}  # when resuming
+MAY_CHANGE |= {"micro_batch_tokens", "activation_checkpointing", "compile"}
 PATHS = {"data", "eval_data", "sft_data", "init_from", "tokenizer"}
 
 
-def check(s, given: dict, saved: dict):
+def check(s, given: dict, point: dict):
     """Raise DataError for a setting that is out of range or would be ignored.
 
-    s: the Settings. given: what the command line says, options of the loss, too. saved: the
-    settings of the run that is resumed, or nothing.
+    s: the Settings. given: what the command line says, options of the loss, too. point: what the
+    state says that is resumed, or nothing.
     """
     if s.resume:
-        check_resumed(Path(s.out_dir), given, saved)
+        check_resumed(Path(s.out_dir), given, point)
     for name, value in (dataclasses.asdict(s) | s.options).items():
         if name in CHOICES and value not in CHOICES[name]:
             raise DataError(f"--{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
@@ -88,27 +82,25 @@ def check(s, given: dict, saved: dict):
             raise DataError(f"{beyond}, and attention with a window is not implemented here")
 
 
-def check_resumed(out: Path, given: dict, saved: dict):
-    """Raise DataError where there is nothing to resume, or for a setting that would change. With
-    its data named, a run without a state begins: whoever may be stopped at any time says --resume
-    always."""
-    point = read_point(out)
+def check_resumed(out: Path, given: dict, point: dict):
+    """Raise DataError for a setting that would make it another run. With its data named, a run
+    without a state begins: whoever may be stopped at any time says --resume always."""
+    first = os.environ.get("RANK", "0") == "0"
     if not point and "data" not in given:
-        path = out / "resume" / "point.json"
-        raise DataError(f"{path}: cannot be read: --save_every leaves a state to resume")
-    if not point and os.environ.get("RANK", "0") == "0":
+        raise DataError(f"{out}: there is no state to resume; with --data the run begins")
+    if not point and first:
         print(f"{out} has no saved state yet: the run starts from the beginning", flush=True)
+    saved = point.get("settings", {})
+    saved = saved | saved.get("options", {})
     for name, value in given.items():
-        before = (saved | saved.get("options", {})).get(name, value)
-        same = before == value
-        if name in PATHS:  # what was relative is so to where that command ran
-            same = same or files(before, point.get("cwd", "")) == files(value)
-        if not same and name not in MAY_CHANGE:
+        before = saved.get(name, value)
+        if before == value or name in ("resume", "out_dir"):
+            continue
+        if name in MAY_CHANGE:
+            if first:
+                print(f"--resume: {name} is {value!r} from here on, and was {before!r}", flush=True)
+        elif name not in PATHS:  # what they name is compared when it is read (extra/guard.py)
             raise DataError(f"--resume: {name} is {value!r}, but was {before!r} in this run")
-
-
-def files(paths: str, where: str = "") -> list[Path]:
-    return [Path(where, path).resolve() for path in paths.split(",") if path]
 
 
 def refuse_ignored(ignored: list[tuple], given: set[str]):

@@ -1,0 +1,229 @@
+"""What keeps a run and its directory from harm: a lock, signals, digests of all that it reads, and
+sentences in place of tracebacks.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+
+from data import DataError
+from extra.checkpoints import places_of
+from model import CheckpointError
+
+HELD = WeakValueDictionary()  # the locks of this process, by the paths of the directories
+MISTAKES = (DataError, CheckpointError, OSError, ImportError)
+LARGE, UNMOVED = 1e3, 1e-4  # root mean square of weights; share of the loss
+TRUSTED = {  # what describes the tensors of a state, beside torch's dtypes
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+        *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"} | {name for name, x in vars(torch).items() if isinstance(x, torch.dtype)},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+
+
+class Stopped(Exception):
+    """A signal asked for it; the message is its name."""
+
+
+def protect(run):
+    """Hold the run's directory, catch signals, and make what fails on one rank known to all.
+
+    It gives the run what `train.Run` only has the outlines of: `watch`, `alone`, `watched`.
+    Raises DataError if another run works in that directory.
+    """
+    run.signal = 0
+    run.watch = lambda items, together=True: watch(run, items, together)
+    run.alone = lambda work, *inputs: alone(run, work, *inputs)
+    run.watched = saved_if_stopped(run)
+    catch_signals(run)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+    run.alone(begin, run)
+
+
+def begin(run):
+    run.lock = hold(run.out)
+    found = digests(run.settings)
+    run.about |= {"cwd": os.getcwd(), "digests": found}
+    if run.settings.resume:
+        from extra.states import newest
+
+        before = newest(run.out, whole=False).get("digests", {})
+        for name in found.keys() & before.keys():
+            if found[name] != before[name]:
+                what = f"what --{name} names is not what this run began with"
+                raise DataError(f"--resume: {what}: begin another run, in another --out_dir")
+
+
+def hold(out: Path):
+    """Keep other runs out of a directory, which is made, for as long as what this returns is there;
+    the kernel frees the lock whatever ends the process. Raises DataError, OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    key = str(out.resolve())
+    if key in HELD:
+        return HELD[key]
+    file = open(out / "lock", "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{out}: another run works there: give another --out_dir") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        print(f"{out}: this file system has no locks: start no second run there", flush=True)
+    HELD[key] = file
+    return file
+
+
+def catch_signals(run):
+    """SIGTERM and SIGINT set `run.signal`, which every loop looks at. A second one, over a second
+    after the first (a launcher may repeat it at once), ends the process."""
+    first = None
+
+    def handle(number, _):
+        nonlocal first
+        if first and time.monotonic() - first > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        first = first or time.monotonic()
+        run.signal = number
+
+    if sys.modules["threading"].current_thread() is sys.modules["threading"].main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handle)
+
+
+def watch(run, items: Iterable, together: bool) -> Iterator:
+    """The items of a loop, until a signal asks to stop: then raises Stopped, before the same item
+    on all ranks that are at it together. They ask each other over the CPU: no GPU waits for it."""
+    for item in items:
+        asked = torch.tensor(run.signal)
+        if run.world > 1 and together:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            raise Stopped(signal.Signals(int(asked)).name)
+        yield item
+
+
+def alone(run, work: Callable, *inputs):
+    """What rank 0 gets from it, for all ranks; where it fails there, it fails on all. (all ranks)"""
+    outcome = [None, None]
+    if run.rank == 0:
+        try:
+            outcome[0] = work(*inputs)
+        except (*MISTAKES, Stopped) as error:
+            outcome[1] = error
+    if run.world > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        if run.rank > 0 and not isinstance(outcome[1], Stopped):
+            sys.exit(2)  # rank 0 says why
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def saved_if_stopped(run):
+    """Save a state when a signal ends what is done in it; and one sentence in place of exceptions
+    that are no mistake in the code."""
+    try:
+        yield
+    except Stopped as stopped:
+        run.save()
+        if run.rank == 0:
+            how = "the same command with --resume goes on from there"
+            where = " step ".join(run.point["state"].split("-")) if run.point else "the beginning"
+            print(f"train.py: stopped by {stopped} at {where}: {how}", file=sys.stderr)
+        sys.exit(128 + signal.Signals[str(stopped)])
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = short(error) or "there is no memory left"
+        raise DataError(f"{reason}: lower --micro_batch_tokens, or use more GPUs") from None
+    except BaseException as error:
+        if type(error).__name__ == "CheckpointException":  # torch.distributed.checkpoint's
+            error = next(iter(error.failures.values()))[0]
+            raise DataError(f"{run.out / 'resume'}: {short(error)}") from None
+        raise
+
+
+def check_end(stage: str, model, run):
+    """Raise DataError for weights that no training leads to, as no loss is computed after the last
+    step; and say so if the whole stage has changed nothing. (all ranks)"""
+    weights = [parameter.detach() for parameter in model.parameters()]
+    norm = torch.nn.utils.get_total_norm(weights)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    size = norm / sum(weight.numel() for weight in weights) ** 0.5
+    if not size < LARGE:
+        last = f"{stage} diverged in its last steps"
+        raise DataError(f"{last}: weights of {size:.1e} are not saved: lower its learning rate")
+    if run.rank == 0:
+        lines = (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["stage"] == stage]
+        losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+        losses = losses or [row["train/loss"] for row in rows if "train/loss" in row]
+        if len(losses) > 1 and abs(losses[-1] - losses[0]) < UNMOVED * abs(losses[0]):
+            why = "is the learning rate too small, or the warmup as long as the run?"
+            print(f"{stage}: the loss has not moved from {losses[0]:.6g}: {why}", flush=True)
+
+
+def short(what, most: int = 200) -> str:
+    """As one line of a message."""
+    text = " ".join(str(what).split())
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(settings) -> dict[str, str]:
+    """SHA-256 of the contents of what a setting names, where it is a file or a checkpoint."""
+    found = {}
+    for name in ("data", "eval_data", "sft_data", "tokenizer", "init_from"):
+        paths = [Path(path) for path in getattr(settings, name).split(",") if path]
+        if name in ("tokenizer", "init_from"):
+            paths = [file for path in paths for file in files_of(path)]
+        if paths and all(path.is_file() for path in paths):
+            found[name] = hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
+    return found
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """Those that say what a checkpoint is: its weights, configuration and tokenizer."""
+    if not checkpoint.is_dir():
+        return [checkpoint]
+    files = [file for place in places_of(checkpoint) for file in sorted(place.iterdir())]
+    kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
+    return [file for file in files if file.suffix in kinds and file.name != "run.json"]
+
+
+def check_metadata(path: Path):
+    """Raise an exception if what describes a state's tensors holds anything else: it is a pickle,
+    which may run any code, and so might what it calls bytes."""
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            if name not in TRUSTED.get(module, ()):
+                raise ValueError(f"{module}.{name} does not belong there")
+            return super().find_class(module, name)
+
+    with open(path, "rb") as file:
+        Restricted(file).load()

@@ -1,0 +1,96 @@
+"""States that a run resumes from: whole or not there, known by their digests, the last two kept.
+
+    resume/new/            written here, synced to the disk, and then renamed to
+    resume/dpo-200/        the state after 200 steps of DPO:
+        .metadata, *.distcp    the tensors, by torch.distributed.checkpoint,
+        point.json             what else the rest of the run depends on,
+        metrics.jsonl          what was logged until then,
+        manifest.json          and the size and SHA-256 of each of these files
+
+So a kill, a full disk or a power cut leaves the states before it as they were. No directory is
+written twice, and the one before the last goes when the next is there.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from data import DataError
+from extra.guard import check_metadata, sha256, short
+
+
+PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
+
+
+def seal(new: Path, place: Path, before: str | None):
+    """Make a state of what was written in `new`; of the others only the one `before` it stays."""
+    files = sorted(new.iterdir())
+    manifest = {file.name: [file.stat().st_size, sha256(file)] for file in files}
+    (new / "manifest.json").write_text(json.dumps(manifest, indent=0), encoding="utf-8")
+    for path in (*files, new / "manifest.json", new):
+        sync(path)
+    if place.exists():
+        shutil.rmtree(place)  # it was passed over
+    new.rename(place)
+    sync(place.parent)
+    for old in place.parent.iterdir():
+        if old.name not in (place.name, before):
+            shutil.rmtree(old)
+
+
+def sync(path: Path):
+    """What was written of a file, or into a directory, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def newest(out: Path, whole: bool) -> dict:
+    """What the last state there says, or the one before it if the last is not whole; {} if there is
+    none. whole: all files are compared with their digests. Raises DataError if none is whole."""
+    places = places_in(out)
+    for place in places:
+        try:
+            return read(place, whole)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            if whole:
+                print(f"{place} is passed over: it is damaged ({short(error)})", flush=True)
+    if places and whole:
+        what = f"{out / 'resume'}: none of the states there is whole"
+        raise DataError(f"{what}: without --resume the run starts from the beginning")
+    return {}
+
+
+def places_in(out: Path) -> list[Path]:
+    """The states of a run's directory, the newest first. That the run is done is one of them, as
+    long as what it made is there."""
+    made = (out / "config.json").is_file() and (out / "model.safetensors").is_file()
+    stages, found = ["sft", "dpo", *(["done"] if made else [])], []
+    for path in out.glob("resume/*-*"):
+        stage, _, step = path.name.partition("-")
+        if stage in stages and step.isdecimal():
+            found.append((stages.index(stage), int(step), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def read(place: Path, whole: bool) -> dict:
+    """What point.json of a state says. Raises ValueError and others for one that is not whole."""
+    point = json.loads((place / "point.json").read_text(encoding="utf-8"))
+    if not whole:
+        settings, here = dict(point["settings"]), os.getcwd()
+        for name in PATHS if point["cwd"] != here else ():  # relative to where it was begun
+            paths = filter(None, settings[name].split(","))
+            settings[name] = ",".join(os.path.join(point["cwd"], path) for path in paths)
+        return {"settings": settings, "digests": dict(point["digests"])}
+    manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+    for name in dict.fromkeys(("point.json", "metrics.jsonl", *manifest)):
+        size, digest = manifest[name]
+        file = place / name
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+            raise ValueError(f"{name} is not what was written")
+    if point["step"]:
+        check_metadata(place / ".metadata")
+    return point
