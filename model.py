@@ -324,14 +324,19 @@ def fill(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
         found, expected = (shapes(x).get(name, "none") for x in (weights, parameters))
         raise CheckpointError(f"weight {name}: {found} in the files, {expected} by config.json")
     for name, parameter in parameters.items():
-        weight = weights[name]
-        if hasattr(parameter, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-
-            where = parameter.device_mesh, parameter.placements
-            weight = distribute_tensor(weight, *where, src_data_rank=None)
-        parameter.copy_(weight)
+        copy_rows(parameter, weights[name])
     return model
+
+
+@torch.no_grad()
+def copy_rows(target: Tensor, whole: Tensor):
+    """Copy into a tensor, or, where that is sharded, only this rank's rows."""
+    if hasattr(target, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        where = target.device_mesh, target.placements
+        whole = distribute_tensor(whole, *where, src_data_rank=None)
+    target.copy_(whole)
 
 
 def load_pretrained(directory: str | Path) -> Transformer:

@@ -262,18 +262,15 @@ def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> 
 
 def save_model(model, tokenizer, directory: Path, run: Run):
     """Write a checkpoint directory, one whole weight at a time. (all ranks)"""
-    if run.settings.lora_rank:
-        from extra.adapters import finish
-
-        finish(model, directory, run)  # they are merged into the model's weights
+    prepare = complete = lambda *_: None
+    with contextlib.suppress(ImportError):
+        from extra.checkpoints import complete  # what other programs want beside it
+        from extra.guard import prepare  # nothing that has diverged; adapters are merged
+    prepare(model, directory, run)
     llm.save_pretrained(model, directory, writes=run.rank == 0)
     if tokenizer and run.rank == 0:
         llm.write_whole(directory / f"tokenizer{tokenizer.path.suffix}", tokenizer.proto)
-    with contextlib.suppress(ImportError):
-        from extra.checkpoints import complete  # what other programs want beside it
-
-        run.alone(complete, directory, tokenizer, run)
-    run.wait()
+    run.alone(complete, directory, tokenizer, run)
 
 
 def micro_batches(dataset, examples, run: Run, factor: int = 1) -> Iterator[data.Batch]:
@@ -289,7 +286,7 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
     """The data set with log π_ref of every response, computed once, by one pass. (all ranks)"""
     count, kept = dataset.responses(), lambda compute, *_: compute(None)
     with contextlib.suppress(ImportError):
-        from extra.kept import kept  # a sweep from one checkpoint computes it once
+        from extra.kept import kept  # computed once by a sweep from one checkpoint, and checked
 
     def logps(examples: np.ndarray | None, factor: int = 2) -> torch.Tensor:
         batches = micro_batches(dataset, examples, run, factor)
@@ -297,15 +294,6 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
             return run.total({"": dpo.reference_logps(model, batches, count)})[""].cpu()
 
     values = kept(logps, dataset, model, checkpoint, run)
-    # The policy is still the reference: in the micro-batches of training they must agree, too.
-    again = logps(np.arange(min(len(dataset), run.settings.batch_size)), 1)
-    worst, tolerance = (again - values)[again != 0].abs().max().item(), 0.5 if run.bf16 else 0.01
-    run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")
-    if not values.isfinite().all():
-        raise data.DataError(f"{checkpoint}: log-probs by this model are not finite: its weights")
-    if not worst <= tolerance:
-        what = f"policy and reference must agree at step 0, but differ by {worst:.3g} nats"
-        raise data.DataError(f"{what}: delete reference-*.npy in {checkpoint} or {run.out}/encoded")
     return dataclasses.replace(dataset, reference=values.float().numpy())
 
 
@@ -360,10 +348,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
             left = (steps - done) * s.batch_size / row["pairs_per_second"]
             run.record(stage, row, f"{row['pairs_per_second']:.0f} pairs/s, {left:.0f} s left")
             totals.clear()
-    with contextlib.suppress(ImportError):
-        from extra.guard import check_end  # is it a model that is worth saving?
-
-        check_end(stage, model, run)
+    run.save = lambda: None  # what follows begins from a checkpoint
 
 
 def read_point(out: Path, whole: bool = False) -> dict:
@@ -376,41 +361,38 @@ def read_point(out: Path, whole: bool = False) -> dict:
     return json.loads(points[-1].read_text(encoding="utf-8")) if points else {}
 
 
-def tensors_of(model, optimizer) -> dict:
-    """What is trained and its moments, sharded as they are: to be saved, or read into."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(ignore_frozen_params=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": moments["state"]}
+def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
+    """What is trained, and its moments, by name."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[name] = parameter
+            moments = optimizer.state[parameter].items()
+            tensors |= {f"{name} {moment}": value for moment, value in moments}
+    return tensors
 
 
 def save_state(stage: str, step: int, totals: dict, model, optimizer, run: Run):
     """All that the rest of the run depends on; of a stage's start only that it is there, as that
     begins from a checkpoint. Until it is whole, the state before it counts. (all ranks)"""
-    import torch.distributed.checkpoint as dcp
-
     before, name, new = run.point.get("state"), f"{stage}-{step}", run.out / "resume" / "new"
     if name == before:
         return
     run.alone(shutil.rmtree, new, True)
+    run.alone(new.mkdir, 0o777, True)
     if step:
-        optimizer.zero_grad()
-        dcp.save(tensors_of(model, optimizer), checkpoint_id=new, no_dist=run.world == 1)
+        tensors = tensors_of(model, optimizer)
+        llm.write_safetensors(new / "state.safetensors", tensors, writes=run.rank == 0)
     run.point = run.about | {"stage": stage, "step": step, "state": name}
     run.point["totals"] = {name: float(value) for name, value in totals.items()}
     run.point["mean_logratio"] = float(run.mean_logratio)
-
-    def finish():
-        new.mkdir(parents=True, exist_ok=True)
+    finish = lambda new, place, before: new.rename(place)
+    with contextlib.suppress(ImportError):
+        from extra.states import finish  # with digests, on the disk before it counts
+    if run.rank == 0:
         (new / "point.json").write_text(json.dumps(run.point), encoding="utf-8")
         shutil.copy(run.out / "metrics.jsonl", new)
-        seal = lambda new, place, before: new.rename(place)
-        with contextlib.suppress(ImportError):
-            from extra.states import seal  # with digests, on the disk before it counts
-        seal(new, new.with_name(name), before)
-
-    run.alone(finish)
+    run.alone(finish, new, new.with_name(name), before)
 
 
 def load_state(stage: str, model, optimizer, run: Run) -> tuple[int, Counter]:
@@ -418,12 +400,17 @@ def load_state(stage: str, model, optimizer, run: Run) -> tuple[int, Counter]:
     point = run.point
     if point.get("stage") != stage:
         return 0, Counter()
-    import torch.distributed.checkpoint as dcp
-
     if point["step"]:
-        tensors = tensors_of(model, optimizer)  # the very ones, into which it is read
-        place = run.out / "resume" / point["state"]
-        dcp.load(tensors, checkpoint_id=place, no_dist=run.world == 1)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # so that there are moments, to be read into, as are the weights
+        optimizer.zero_grad()
+        path = run.out / "resume" / point["state"] / "state.safetensors"
+        saved, tensors = llm.read_safetensors(path), tensors_of(model, optimizer)
+        if saved.keys() != tensors.keys():
+            raise data.DataError(f"{path}: another model's, optimizer's or version's state")
+        for name, tensor in tensors.items():
+            llm.copy_rows(tensor, saved[name])
     run.mean_logratio.fill_(point["mean_logratio"])
     return point["step"], Counter(point["totals"])
 

@@ -27,11 +27,13 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
+from extra.guard import hold
 from extra.reward import measure_kl, response_logps
 from model import CheckpointError
 from sample import draw, load, show
@@ -284,12 +286,12 @@ def run_experiment(arguments: list[str]):
         train.main([f"--data={saved['data']}", *arguments])
         if Path(saved["data"]).name != "pairs.jsonl" or not (out / "sft.jsonl").is_file():
             return  # it was a run on somebody's own files
-        settings = train.Settings(sft_epochs=saved["sft_epochs"], epochs=saved["epochs"])
+        settings = SimpleNamespace(**saved)
     else:
         try:
             settings = train.parse_settings(["--data=later", "--eval_data=later", *arguments])
             if first:
-                lock = hold(out)  # until the run holds it, too
+                lock = hold(out)  # noqa: F841, until the run holds it, too
                 write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)
         except (data.DataError, CheckpointError, OSError) as error:
             print(f"train.py: {error}", file=sys.stderr)
@@ -303,7 +305,7 @@ def run_experiment(arguments: list[str]):
         flags = {name: x for name, x in flags.items() if name not in given | unused}
         train.main([*[f"--{name}={x}" for name, x in flags.items()], *arguments])
     if first and settings.epochs:
-        report(out, out / "sft" if settings.sft_epochs else saved["init_from"] if saved else settings.init_from)
+        report(out, out / "sft" if settings.sft_epochs else settings.init_from)
 
 
 def label(candidates: str, out: str):

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import signal
 import sys
 import time
@@ -27,17 +26,6 @@ from model import CheckpointError
 HELD = WeakValueDictionary()  # the locks of this process, by the paths of the directories
 MISTAKES = (DataError, CheckpointError, OSError, ImportError)
 LARGE, UNMOVED = 1e3, 1e-4  # root mean square of weights; share of the loss
-TRUSTED = {  # what describes the tensors of a state, beside torch's dtypes
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
-        *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"} | {name for name, x in vars(torch).items() if isinstance(x, torch.dtype)},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-}
 
 
 class Stopped(Exception):
@@ -124,7 +112,7 @@ def watch(run, items: Iterable, together: bool) -> Iterator:
 
 
 def alone(run, work: Callable, *inputs):
-    """What rank 0 gets from it, for all ranks; where it fails there, it fails on all. (all ranks)"""
+    """What rank 0 gets from it, for all ranks; what fails there, fails on all. (all ranks)"""
     outcome = [None, None]
     if run.rank == 0:
         try:
@@ -156,31 +144,38 @@ def saved_if_stopped(run):
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = short(error) or "there is no memory left"
         raise DataError(f"{reason}: lower --micro_batch_tokens, or use more GPUs") from None
-    except BaseException as error:
-        if type(error).__name__ == "CheckpointException":  # torch.distributed.checkpoint's
-            error = next(iter(error.failures.values()))[0]
-            raise DataError(f"{run.out / 'resume'}: {short(error)}") from None
-        raise
 
 
-def check_end(stage: str, model, run):
-    """Raise DataError for weights that no training leads to, as no loss is computed after the last
-    step; and say so if the whole stage has changed nothing. (all ranks)"""
+def prepare(model, directory: Path, run):
+    """Look at a model that is to be saved, and merge its adapters into it. (all ranks)
+
+    Raises DataError for weights that no training leads to, as no loss is computed after the last
+    step; says so if the whole stage has changed nothing.
+    """
     weights = [parameter.detach() for parameter in model.parameters()]
     norm = torch.nn.utils.get_total_norm(weights)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     size = norm / sum(weight.numel() for weight in weights) ** 0.5
     if not size < LARGE:
-        last = f"{stage} diverged in its last steps"
-        raise DataError(f"{last}: weights of {size:.1e} are not saved: lower its learning rate")
+        what = f"the model diverged: its weights, {size:.1e} by root mean square, are not saved"
+        raise DataError(f"{what}: lower the learning rate")
     if run.rank == 0:
-        lines = (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if row["stage"] == stage]
-        losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
-        losses = losses or [row["train/loss"] for row in rows if "train/loss" in row]
-        if len(losses) > 1 and abs(losses[-1] - losses[0]) < UNMOVED * abs(losses[0]):
-            why = "is the learning rate too small, or the warmup as long as the run?"
-            print(f"{stage}: the loss has not moved from {losses[0]:.6g}: {why}", flush=True)
+        say_if_unmoved(run.out / "metrics.jsonl")
+    if run.settings.lora_rank:
+        from extra.adapters import finish
+
+        finish(model, directory, run)
+
+
+def say_if_unmoved(metrics: Path):
+    """If the loss of the last stage is what it was when it began."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["stage"] == rows[-1]["stage"]]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    losses = losses or [row["train/loss"] for row in rows if "train/loss" in row]
+    if len(losses) > 1 and abs(losses[-1] - losses[0]) < UNMOVED * abs(losses[0]):
+        why = "is the learning rate too small, or the warmup as long as the run?"
+        print(f"{rows[0]['stage']}: the loss has not moved from {losses[0]:.6g}: {why}", flush=True)
 
 
 def short(what, most: int = 200) -> str:
@@ -213,17 +208,3 @@ def files_of(checkpoint: Path) -> list[Path]:
     files = [file for place in places_of(checkpoint) for file in sorted(place.iterdir())]
     kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
     return [file for file in files if file.suffix in kinds and file.name != "run.json"]
-
-
-def check_metadata(path: Path):
-    """Raise an exception if what describes a state's tensors holds anything else: it is a pickle,
-    which may run any code, and so might what it calls bytes."""
-
-    class Restricted(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            if name not in TRUSTED.get(module, ()):
-                raise ValueError(f"{module}.{name} does not belong there")
-            return super().find_class(module, name)
-
-    with open(path, "rb") as file:
-        Restricted(file).load()

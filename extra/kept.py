@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import DataError
 from extra.checkpoints import places_of
 
 MICRO_BATCHES = 64  # of each rank, between two looks at the time
@@ -56,7 +57,23 @@ def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torc
         run.say(f"reference: {new:,} log-probs computed")
         if path:
             run.alone(write, path, values)
-    return torch.from_numpy(values)
+    values = torch.from_numpy(values)
+    check(values, compute, dataset, checkpoint, run)
+    return values
+
+
+def check(values: torch.Tensor, compute: Callable, dataset, checkpoint: str | Path, run):
+    """Raise DataError if they are not the policy's: it is still the reference, and in the
+    micro-batches of training, too, both must agree."""
+    if not values.isfinite().all():
+        where = checkpoint or "the new model"
+        raise DataError(f"{where}: log-probs by these weights are not finite")
+    again = compute(np.arange(min(len(dataset), run.settings.batch_size)), 1)
+    worst, tolerance = (again - values)[again != 0].abs().max().item(), 0.5 if run.bf16 else 0.01
+    run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")
+    if not worst <= tolerance:
+        what = f"policy and reference must agree at step 0, but differ by {worst:.3g} nats"
+        raise DataError(f"{what}: delete reference-*.npy in {checkpoint} or {run.out}/encoded")
 
 
 def parts_of(dataset, rows: int) -> Iterator[tuple[np.ndarray, slice]]:

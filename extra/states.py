@@ -2,7 +2,7 @@
 
     resume/new/            written here, synced to the disk, and then renamed to
     resume/dpo-200/        the state after 200 steps of DPO:
-        .metadata, *.distcp    the tensors, by torch.distributed.checkpoint,
+        state.safetensors      weights that are trained, and their moments,
         point.json             what else the rest of the run depends on,
         metrics.jsonl          what was logged until then,
         manifest.json          and the size and SHA-256 of each of these files
@@ -17,13 +17,12 @@ import shutil
 from pathlib import Path
 
 from data import DataError
-from extra.guard import check_metadata, sha256, short
-
+from extra.guard import sha256, short
 
 PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
 
 
-def seal(new: Path, place: Path, before: str | None):
+def finish(new: Path, place: Path, before: str | None):
     """Make a state of what was written in `new`; of the others only the one `before` it stays."""
     files = sorted(new.iterdir())
     manifest = {file.name: [file.stat().st_size, sha256(file)] for file in files}
@@ -91,6 +90,4 @@ def read(place: Path, whole: bool) -> dict:
         file = place / name
         if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise ValueError(f"{name} is not what was written")
-    if point["step"]:
-        check_metadata(place / ".metadata")
     return point
