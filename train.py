@@ -361,38 +361,17 @@ def read_point(out: Path, whole: bool = False) -> dict:
     return json.loads(points[-1].read_text(encoding="utf-8")) if points else {}
 
 
-def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
-    """What is trained, and its moments, by name."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[name] = parameter
-            moments = optimizer.state[parameter].items()
-            tensors |= {f"{name} {moment}": value for moment, value in moments}
-    return tensors
-
-
 def save_state(stage: str, step: int, totals: dict, model, optimizer, run: Run):
     """All that the rest of the run depends on; of a stage's start only that it is there, as that
-    begins from a checkpoint. Until it is whole, the state before it counts. (all ranks)"""
-    before, name, new = run.point.get("state"), f"{stage}-{step}", run.out / "resume" / "new"
-    if name == before:
-        return
-    run.alone(shutil.rmtree, new, True)
-    run.alone(new.mkdir, 0o777, True)
-    if step:
-        tensors = tensors_of(model, optimizer)
-        llm.write_safetensors(new / "state.safetensors", tensors, writes=run.rank == 0)
-    run.point = run.about | {"stage": stage, "step": step, "state": name}
-    run.point["totals"] = {name: float(value) for name, value in totals.items()}
-    run.point["mean_logratio"] = float(run.mean_logratio)
-    finish = lambda new, place, before: new.rename(place)
-    with contextlib.suppress(ImportError):
-        from extra.states import finish  # with digests, on the disk before it counts
-    if run.rank == 0:
-        (new / "point.json").write_text(json.dumps(run.point), encoding="utf-8")
-        shutil.copy(run.out / "metrics.jsonl", new)
-    run.alone(finish, new, new.with_name(name), before)
+    begins from a checkpoint. (all ranks)"""
+    point = run.about | {"stage": stage, "step": step, "state": f"{stage}-{step}"}
+    point["totals"] = {name: float(value) for name, value in totals.items()}
+    point["mean_logratio"] = float(run.mean_logratio)
+    if point["state"] != run.point.get("state"):
+        from extra.states import save  # whole or not at all
+
+        save(point, model, optimizer, run)
+    run.point = point
 
 
 def load_state(stage: str, model, optimizer, run: Run) -> tuple[int, Counter]:
@@ -401,16 +380,9 @@ def load_state(stage: str, model, optimizer, run: Run) -> tuple[int, Counter]:
     if point.get("stage") != stage:
         return 0, Counter()
     if point["step"]:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()  # so that there are moments, to be read into, as are the weights
-        optimizer.zero_grad()
-        path = run.out / "resume" / point["state"] / "state.safetensors"
-        saved, tensors = llm.read_safetensors(path), tensors_of(model, optimizer)
-        if saved.keys() != tensors.keys():
-            raise data.DataError(f"{path}: another model's, optimizer's or version's state")
-        for name, tensor in tensors.items():
-            llm.copy_rows(tensor, saved[name])
+        from extra.states import load
+
+        load(model, optimizer, run)
     run.mean_logratio.fill_(point["mean_logratio"])
     return point["step"], Counter(point["totals"])
 

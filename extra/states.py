@@ -1,14 +1,15 @@
-"""States that a run resumes from: whole or not there, known by their digests, the last two kept.
+"""States that a run goes on from: whole or not there, known by their digests, the last two kept.
 
     resume/new/            written here, synced to the disk, and then renamed to
     resume/dpo-200/        the state after 200 steps of DPO:
-        state.safetensors      weights that are trained, and their moments,
+        state.safetensors      what is trained, and its moments; none at a stage's start,
         point.json             what else the rest of the run depends on,
         metrics.jsonl          what was logged until then,
         manifest.json          and the size and SHA-256 of each of these files
 
 So a kill, a full disk or a power cut leaves the states before it as they were. No directory is
-written twice, and the one before the last goes when the next is there.
+written twice, and the one before the last goes when the next is there. Nothing is pickled, and each
+rank reads its own rows: any number of ranks goes on from what any other saved.
 """
 
 import json
@@ -16,25 +17,52 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
+import model as llm
 from data import DataError
 from extra.guard import sha256, short
 
 PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
 
 
-def finish(new: Path, place: Path, before: str | None):
-    """Make a state of what was written in `new`; of the others only the one `before` it stays."""
+def save(point: dict, model, optimizer, run):
+    """A state of that point of the run, of its tensors, too, if there is a model. (all ranks)"""
+    new = run.out / "resume" / "new"
+    run.alone(shutil.rmtree, new, True)
+    run.alone(lambda: new.mkdir(parents=True))
+    if model:
+        tensors = tensors_of(model, optimizer)
+        llm.write_safetensors(new / "state.safetensors", tensors, writes=run.rank == 0)
+    run.alone(finish, new, point, run)
+
+
+def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
+    """What is trained, and its moments, by name."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[name] = parameter
+            for moment, value in optimizer.state[parameter].items():
+                tensors[f"{name} {moment}"] = value
+    return tensors
+
+
+def finish(new: Path, point: dict, run):
+    """Make a state of what is in `new`; of the others the one stays that this one follows."""
+    (new / "point.json").write_text(json.dumps(point), encoding="utf-8")
+    shutil.copy(run.out / "metrics.jsonl", new)
     files = sorted(new.iterdir())
     manifest = {file.name: [file.stat().st_size, sha256(file)] for file in files}
     (new / "manifest.json").write_text(json.dumps(manifest, indent=0), encoding="utf-8")
     for path in (*files, new / "manifest.json", new):
         sync(path)
-    if place.exists():
-        shutil.rmtree(place)  # it was passed over
+    place = new.with_name(point["state"])
+    shutil.rmtree(place, ignore_errors=True)  # it was passed over
     new.rename(place)
     sync(place.parent)
     for old in place.parent.iterdir():
-        if old.name not in (place.name, before):
+        if old.name not in (place.name, run.point.get("state")):
             shutil.rmtree(old)
 
 
@@ -45,6 +73,20 @@ def sync(path: Path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def load(model, optimizer, run):
+    """Restore the tensors of the state that the run goes on from. (all ranks)"""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()  # so that there are moments, which are read into, as are the weights
+    optimizer.zero_grad()
+    path = run.out / "resume" / run.point["state"] / "state.safetensors"
+    saved, tensors = llm.read_safetensors(path), tensors_of(model, optimizer)
+    if saved.keys() != tensors.keys():
+        raise DataError(f"{path}: another model's, another optimizer's or another version's")
+    for name, tensor in tensors.items():
+        llm.copy_rows(tensor, saved[name])
 
 
 def newest(out: Path, whole: bool) -> dict:
