@@ -53,34 +53,33 @@ def generate(
     with the B ids of every step. compile: each step as one graph. shape: temperature (0: greedy),
     top_k, top_p. Raises CheckpointError beyond a sliding window or the vocabulary."""
     assert prompts and all(prompts), "at least one prompt, and at least one token in each"
-    device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
-    generator = torch.Generator(device).manual_seed(seed)
-    stops = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    next_logits, new = partial(run_again, model, [[*ids] for ids in prompts]), []
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    stops = {eos_id} if isinstance(eos_id, int) else {*eos_id}
+    new, drawn = [[] for _ in prompts], None
+    next_logits = lambda drawn: run_again(model, prompts, new)
     with contextlib.suppress(ImportError):
         from extra.cache import KVCache  # keys and values are kept
 
-        next_logits = KVCache(model, prompts, size, compile)
-    while len(new) < max_new_tokens and not ended.all():
-        logits = next_logits(new[-1] if new else None)  # (B, V)
-        new.append(sample_tokens(logits, generator, **shape))  # (B,)
+        next_logits = KVCache(model, prompts, max(map(len, prompts)) + max_new_tokens, compile)
+    for _ in range(max_new_tokens):
+        drawn = sample_tokens(next_logits(drawn), generator, **shape)  # (B,)
         if on_token:
-            on_token(new[-1].tolist())
-        ended |= torch.isin(new[-1], stops)
-    new = torch.stack(new, dim=1)  # (B, steps); a sequence that has ended ran on until all have
-    before_stop = (torch.isin(new, stops).cumsum(1) == 0).sum(1).tolist()
-    return [ids[: n + 1] for ids, n in zip(new.tolist(), before_stop)]
+            on_token(drawn.tolist())
+        for ids, token in zip(new, drawn.tolist()):
+            if not ids or ids[-1] not in stops:  # one that has ended runs on until all have
+                ids.append(token)
+        if all(ids[-1] in stops for ids in new):
+            break
+    return new
 
 
-def run_again(model, sequences: list[list[int]], new: torch.Tensor | None) -> torch.Tensor:
-    """The logits, (B, V), after each sequence and its new token: each a stream of its own."""
+def run_again(model, prompts: list, new: list) -> torch.Tensor:
+    """The logits, (B, V), after each prompt and its new ids: each a stream of its own."""
     logits = []
-    for i, ids in enumerate(sequences):
-        ids += [] if new is None else [int(new[i])]
-        tokens = torch.tensor(ids, device=model.embed_tokens.weight.device)
-        positions = torch.arange(len(ids), device=tokens.device)
-        logits.append(model(tokens, positions, torch.tensor([[0, 0, 0, len(ids)]]))[-1])
+    for prompt, ids in zip(prompts, new):
+        tokens = torch.tensor([*prompt, *ids], device=model.embed_tokens.weight.device)
+        positions = torch.arange(len(tokens), device=tokens.device)
+        logits.append(model(tokens, positions, torch.tensor([[0, 0, 0, len(tokens)]]))[-1])
     return torch.stack(logits)
 
 
