@@ -102,8 +102,7 @@ def segment_attention(segments: Tensor, device: torch.device) -> Callable:
         outputs = []
         queries = q.split(segments[:, 3].tolist())
         for own, (prompt_start, prompt_size, start, size) in zip(queries, segments.tolist()):
-            prompt = torch.arange(prompt_start, prompt_start + prompt_size)
-            rows = torch.cat([prompt, torch.arange(start, start + size)]).to(device)
+            rows = [*range(prompt_start, prompt_start + prompt_size), *range(start, start + size)]
             sees = torch.ones(size, len(rows), dtype=torch.bool, device=device)  # (m, n)
             sees = sees.tril(prompt_size)  # all of the prompt, and its own rows up to itself
             qkv = (x.transpose(0, 1)[None] for x in (own, k[rows], v[rows]))  # (1, H, m or n, D)
