@@ -77,11 +77,10 @@ def rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[
     """cos and sin, (T, 1, D) each, of the rotary embedding (Su et al., 2104.09864, rotate-half)."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
     frequency = config.rope_theta ** (-exponent / config.head_dim)  # (D/2,), radians per token
-    if scaling := config.rope_scaling:  # Llama 3: slow dimensions are slowed down by `factor`
-        turns = frequency / (2 * math.pi) * scaling["original_max_position_embeddings"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where there were many turns
-        frequency = frequency * (kept + (1 - kept) / scaling["factor"])
+    if config.rope_scaling:
+        from extra.checkpoints import slowed_down
+
+        frequency = slowed_down(frequency, config.rope_scaling)
     angle = (positions[:, None] * frequency).repeat(1, 2)[:, None]  # (T, 1, D), twice D/2
     return angle.cos(), angle.sin()
 

@@ -413,6 +413,8 @@ MISTAKES = [
     ("extra/checkpoints.py", "a Mistral has as many key-value heads as heads where it does not say", '        "num_key_value_heads": 8,\n', "", "test_checkpoints.py::test_what_a_config_leaves_out_is_as_in_transformers"),
     ("extra/checkpoints.py", "a window that is used is ignored", "first >= shape[\"num_hidden_layers\"])", "first >= 0)", "test_checkpoints.py::test_unusable_checkpoints_are_refused_by_name"),
     ("extra/checkpoints.py", "layers of any kind pass", 'if layer != "full_attention"]', "if not layer]", "test_checkpoints.py::test_unusable_checkpoints_are_refused_by_name"),
+    ("extra/checkpoints.py", "fast dimensions are slowed down, too", "(kept + (1 - kept) / scaling[", "(0 * kept + 1 / scaling[", "test_reports.py::test_eps_and_theta_of_the_config_are_used"),
+    ("model.py", "Llama 3's frequencies are not slowed down", "    if config.rope_scaling:\n", "    if False:\n", "test_reports.py::test_eps_and_theta_of_the_config_are_used"),
     ("extra/checkpoints.py", "rope_scaling and rope_parameters are mixed", "rope = ropes[0] or ropes[1]", "rope = ropes[1] | ropes[0]", "test_checkpoints.py::test_what_a_config_leaves_out_is_as_in_transformers"),
     ("extra/checkpoints.py", "a base is looked for in the working directory only", "for place in (places[-1] / name, Path(name)) if", "for place in (Path(name),) if", "test_adapters.py::test_what_peft_saves_is_read_as_peft_reads_it"),
     ("extra/checkpoints.py", "another run's template stays", "                (directory / name).unlink(missing_ok=True)  # another run's\n", "                pass\n", "test_adapters.py::test_a_tokenizer_is_that_of_the_adapters_or_of_their_base"),
