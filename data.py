@@ -53,12 +53,11 @@ class Tokenizer:
 
     def __new__(cls, path: str | Path):
         """Of the room's classes one, if it is there: they know other files, too."""
-        kind = cls
         with contextlib.suppress(ImportError):
             from extra.tokenizers import find_class
 
-            kind = find_class(path) if cls is Tokenizer else cls
-        return super().__new__(kind)
+            return super().__new__(find_class(path) if cls is Tokenizer else cls)
+        return super().__new__(cls)
 
     def __init__(self, path: str | Path):
         """Read a tokenizer.model, or the one in a directory. Raises DataError."""

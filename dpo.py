@@ -82,9 +82,8 @@ def preference_loss(
     pairs by their weights, to be divided by the examples of the step, or by `count`. sft_weight: α
     of an added α·NLL of the chosen response, a mean over its tokens (RPO, 2404.19733 Eq. 1)."""
     w, l = batch.chosen, batch.rejected  # noqa: E741
-    size, ref = batch.lengths.to(logps.dtype), batch.reference
-    both = logps[w], logps[l], ref[w], ref[l], size[w], size[l]
-    pairs = Pairs(*both, batch.margins, mean_logratio)
+    size, ref, m = batch.lengths.to(logps.dtype), batch.reference, batch.margins
+    pairs = Pairs(logps[w], logps[l], ref[w], ref[l], size[w], size[l], m, mean_logratio)
     losses = loss(pairs, beta=beta, **options)  # (P,)
     if batch.soft:  # chosen is better with some probability only: the expectation over the label
         from extra.objectives import swapped

@@ -77,11 +77,10 @@ def rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[
     """cos and sin, (T, 1, D) each, of the rotary embedding (Su et al., 2104.09864, rotate-half)."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype)
     frequency = config.rope_theta ** (-exponent / config.head_dim)  # (D/2,), radians per token
-    if scaling := config.rope_scaling:  # Llama 3: slow dimensions are slowed down by `factor`
-        turns = frequency / (2 * math.pi) * scaling["original_max_position_embeddings"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where there were many turns
-        frequency = frequency * (kept + (1 - kept) / scaling["factor"])
+    if config.rope_scaling:
+        from extra.checkpoints import slowed_down
+
+        frequency = slowed_down(frequency, config.rope_scaling)
     angle = (positions[:, None] * frequency).repeat(1, 2)[:, None]  # (T, 1, D), twice D/2
     return angle.cos(), angle.sin()
 
@@ -102,8 +101,7 @@ def segment_attention(segments: Tensor, device: torch.device) -> Callable:
         outputs = []
         queries = q.split(segments[:, 3].tolist())
         for own, (prompt_start, prompt_size, start, size) in zip(queries, segments.tolist()):
-            prompt = torch.arange(prompt_start, prompt_start + prompt_size)
-            rows = torch.cat([prompt, torch.arange(start, start + size)]).to(device)
+            rows = [*range(prompt_start, prompt_start + prompt_size), *range(start, start + size)]
             sees = torch.ones(size, len(rows), dtype=torch.bool, device=device)  # (m, n)
             sees = sees.tril(prompt_size)  # all of the prompt, and its own rows up to itself
             qkv = (x.transpose(0, 1)[None] for x in (own, k[rows], v[rows]))  # (1, H, m or n, D)

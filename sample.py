@@ -1,12 +1,7 @@
-"""Use a trained checkpoint: sample, chat, compare, draw candidates, and score as a reward model.
+"""Use a trained checkpoint: sample, and compare.
 
     python sample.py out/mine --prompt "Review of the new film Amber:"
     python sample.py out/mine --compare=REF --prompt "…" --n=3         side by side
-    python sample.py out/mine --chat                                   by its own template
-    python sample.py out/mine --compare=REF --score=pairs.jsonl        implicit rewards, accuracy
-    python sample.py out/mine --prompts=prompts.jsonl --n=4 --out=candidates.jsonl
-    python sample.py out/mine --compare=REF --prompts=… --best_of=8    the best by implicit reward
-    python sample.py out/mine --compare=REF --prompts=… --kl           KL(π‖π_ref)
 
 REF is the reference: the checkpoint that DPO started from (out/mine/sft, if it was made there).
 """
@@ -53,34 +48,33 @@ def generate(
     with the B ids of every step. compile: each step as one graph. shape: temperature (0: greedy),
     top_k, top_p. Raises CheckpointError beyond a sliding window or the vocabulary."""
     assert prompts and all(prompts), "at least one prompt, and at least one token in each"
-    device, size = model.embed_tokens.weight.device, max(map(len, prompts)) + max_new_tokens
-    generator = torch.Generator(device).manual_seed(seed)
-    stops = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    next_logits, new = partial(run_again, model, [[*ids] for ids in prompts]), []
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    stops = {eos_id} if isinstance(eos_id, int) else {*eos_id}
+    new, drawn = [[] for _ in prompts], None
+    next_logits = lambda drawn: run_again(model, prompts, new)
     with contextlib.suppress(ImportError):
         from extra.cache import KVCache  # keys and values are kept
 
-        next_logits = KVCache(model, prompts, size, compile)
-    while len(new) < max_new_tokens and not ended.all():
-        logits = next_logits(new[-1] if new else None)  # (B, V)
-        new.append(sample_tokens(logits, generator, **shape))  # (B,)
+        next_logits = KVCache(model, prompts, max(map(len, prompts)) + max_new_tokens, compile)
+    for _ in range(max_new_tokens):
+        drawn = sample_tokens(next_logits(drawn), generator, **shape)  # (B,)
         if on_token:
-            on_token(new[-1].tolist())
-        ended |= torch.isin(new[-1], stops)
-    new = torch.stack(new, dim=1)  # (B, steps); a sequence that has ended ran on until all have
-    before_stop = (torch.isin(new, stops).cumsum(1) == 0).sum(1).tolist()
-    return [ids[: n + 1] for ids, n in zip(new.tolist(), before_stop)]
+            on_token(drawn.tolist())
+        for ids, token in zip(new, drawn.tolist()):
+            if not ids or ids[-1] not in stops:  # one that has ended runs on until all have
+                ids.append(token)
+        if all(ids[-1] in stops for ids in new):
+            break
+    return new
 
 
-def run_again(model, sequences: list[list[int]], new: torch.Tensor | None) -> torch.Tensor:
-    """The logits, (B, V), after each sequence and its new token: each a stream of its own."""
+def run_again(model, prompts: list, new: list) -> torch.Tensor:
+    """The logits, (B, V), after each prompt and its new ids: each a stream of its own."""
     logits = []
-    for i, ids in enumerate(sequences):
-        ids += [] if new is None else [int(new[i])]
-        tokens = torch.tensor(ids, device=model.embed_tokens.weight.device)
-        positions = torch.arange(len(ids), device=tokens.device)
-        logits.append(model(tokens, positions, torch.tensor([[0, 0, 0, len(ids)]]))[-1])
+    for prompt, ids in zip(prompts, new):
+        tokens = torch.tensor([*prompt, *ids], device=model.embed_tokens.weight.device)
+        positions = torch.arange(len(tokens), device=tokens.device)
+        logits.append(model(tokens, positions, torch.tensor([[0, 0, 0, len(tokens)]]))[-1])
     return torch.stack(logits)
 
 
@@ -120,7 +114,7 @@ def show(prompt, names: list[str], texts: list[str]):
         print("  ".join(cell.ljust(column) for cell in row).rstrip())
 
 
-def read_prompts(args) -> list:
+def read_prompts(args, n: int) -> list:
     """The prompts of --prompt and --prompts, n times each."""
     prompts = [*args.prompt]
     for example in data.read_examples(args.prompts, "prompts"):
@@ -128,12 +122,12 @@ def read_prompts(args) -> list:
             what = f"{example.where}: field '{min(example.context)}' is not handed on in sampling"
             raise data.DataError(f"{what}: write it into the conversation")
         prompts.append(example.prompt)
-    return [prompt for prompt in prompts for _ in range(args.best_of or args.n)]
+    return [prompt for prompt in prompts for _ in range(n)]
 
 
 def complete(args, options: dict):
     """Print completions, side by side with those of REF."""
-    prompts, columns = read_prompts(args), {}
+    prompts, columns = read_prompts(args, args.n), {}
     for directory in filter(None, (args.checkpoint, args.compare)):
         model, tokenizer = load(directory)
         trees = draw(model, tokenizer, prompts, **options)
@@ -150,14 +144,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("checkpoint", help="directory with config.json, weights and a tokenizer")
     add("--prompt", action="append", default=[], help="text to continue; may be given many times")
     add("--prompts", metavar="FILE", default="", help="prompts of a .jsonl file, in any format")
-    add("--chat", action="store_true", help="talk to it, by its own chat template")
-    add("--system", default="", help="system message of the chat")
     add("--compare", metavar="REF", help="a second checkpoint: side by side, or the reference")
-    add("--score", metavar="FILE", help="implicit rewards of the responses in a .jsonl file")
-    add("--best_of", type=int, metavar="N", help="the best of N samples, by implicit reward")
-    add("--kl", action="store_true", help="KL from REF, estimated from samples")
-    add("--out", metavar="FILE", help="write candidates or scores as .jsonl")
-    add("--beta", type=float, help="of the implicit reward (default: the run's own, else 0.1)")
     add("--n", type=int, default=1, help="completions of each prompt (default 1)")
     add("--max_new_tokens", type=int, default=256, help="at most so many tokens (default 256)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
@@ -165,26 +152,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, help="only this much probability mass (default 1)")
     add("--compile", action="store_true", help="torch.compile: pays from thousands of tokens on")
     add("--seed", type=int, default=0, help="of the sampler (default 0)")
-    args = parser.parse_args(arguments)
+    parser.set_defaults(command=complete)
     with contextlib.suppress(ImportError):
-        from extra.refusals import check_arguments
+        from extra.commands import parse  # --chat, --score and others, and what is refused
 
-        check_arguments(args, {w.split("=")[0][2:] for w in arguments if w.startswith("--")})
-    return args
+        return parse(parser, arguments)
+    return parser.parse_args(arguments)
 
 
 def main():
     try:
         args = parse_arguments(sys.argv[1:])
-        command = complete
-        if args.chat:
-            from extra.chat import talk as command
-        elif args.score or args.best_of or args.kl or args.out:
-            from extra.reward import run as command
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compile")
-        cuda = torch.cuda.is_available() and not (args.score or args.best_of or args.kl)
-        with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
-            command(args, {name: getattr(args, name) for name in names})
+        options = {name: getattr(args, name) for name in names}
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+            args.command(args, options)
     except KeyboardInterrupt:
         sys.exit(130)
     except (data.DataError, CheckpointError, OSError, ImportError) as error:

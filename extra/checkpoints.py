@@ -6,6 +6,7 @@ pytorch_model.bin, and adapters, whose base is elsewhere (extra/adapters.py).
 """
 
 import json
+import math
 import re
 import shutil
 from dataclasses import MISSING, fields
@@ -221,6 +222,15 @@ def ends(path: Path, own: int | list | None) -> int | list | None:
             raise CheckpointError(f"{file}: eos_token_id {value!r} is neither an id nor several")
         found |= dict.fromkeys(ids)
     return own if len(found) < 2 and own is not None else [*found] or None
+
+
+def slowed_down(frequency: Tensor, scaling: dict) -> Tensor:
+    """The frequencies of rotary, (D/2,) in radians per token, for contexts longer than the model's
+    original one: as in Llama 3 slow dimensions are slowed down by `factor`."""
+    turns = frequency / (2 * math.pi) * scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where there were many turns
+    return frequency * (kept + (1 - kept) / scaling["factor"])
 
 
 def weight_files(directory: Path) -> list[Path]:

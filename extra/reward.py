@@ -19,14 +19,15 @@ from extra.checkpoints import setting
 
 def run(args, options: dict):
     """What sample.py was asked for, other than to show samples."""
-    if args.score:
-        score(args)
-    elif args.best_of:
-        best_of(args, options)
-    elif args.kl:
-        estimate_kl(args, options)
-    else:
-        draw_candidates(args, options)
+    if not (args.score or args.best_of or args.kl):
+        return draw_candidates(args, options)
+    with torch.autocast("cuda", enabled=False):  # rewards and KL are those of float32
+        if args.score:
+            score(args)
+        elif args.best_of:
+            best_of(args, options)
+        else:
+            estimate_kl(args, options)
 
 
 def load_both(args) -> tuple:
@@ -101,7 +102,7 @@ def draw_texts(model, tokenizer, prompts: list, options: dict) -> tuple[list, li
 
 def draw_candidates(args, options: dict):
     """Write n samples of each prompt."""
-    prompts = sample.read_prompts(args)
+    prompts = sample.read_prompts(args, args.n)
     _, texts = draw_texts(*sample.load(args.checkpoint), prompts, options)
     write(args.out, candidates(prompts, texts, args.n))
 
@@ -109,7 +110,8 @@ def draw_candidates(args, options: dict):
 def best_of(args, options: dict):
     """Draw N responses of each prompt and print, or write, the best by implicit reward."""
     policy, reference, tokenizer = load_both(args)
-    prompts, n = sample.read_prompts(args), args.best_of
+    n = args.best_of
+    prompts = sample.read_prompts(args, n)
     trees, texts = draw_texts(policy, tokenizer, prompts, options)
     rewards = implicit_rewards(policy, reference, trees, beta_of(args))
     rows = candidates(prompts, texts, n)
@@ -298,7 +300,8 @@ def measure_kl(policy, reference, trees: list) -> np.ndarray:
 def estimate_kl(args, options: dict):
     """KL(π‖π_ref) from samples of the policy, and its standard error."""
     policy, reference, tokenizer = load_both(args)
-    trees = sample.draw(policy, tokenizer, sample.read_prompts(args), **options)
+    prompts = sample.read_prompts(args, args.n)
+    trees = sample.draw(policy, tokenizer, prompts, **options)
     kl = measure_kl(policy, reference, trees)
     error = kl.std(ddof=1) / len(kl) ** 0.5 if len(kl) > 1 else float("nan")
     print(f"KL(π‖π_ref) {kl.mean():.4f} ± {error:.4f} nats per response, {len(kl):,} samples")

@@ -251,7 +251,8 @@ def test_seeds(run, drawn):
 def test_the_examples_of_the_help_are_taken(monkeypatch, tmp_path):
     """Every line of them, as its words are."""
     monkeypatch.chdir(tmp_path)
-    lines = [line.strip() for line in sample.__doc__.splitlines() if "python sample.py" in line]
+    text = parser_of(monkeypatch).description
+    lines = [line.strip() for line in text.splitlines() if "python sample.py" in line]
     assert len(lines) == 7
     for line in lines:
         command = re.split(r"\s{3,}", line)[0]  # what it does is said beside it
