@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -84,18 +84,17 @@ def parse_settings(arguments: list[str]) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
     lines = [line for line in inspect.getsource(Settings).splitlines() if "  # " in line]
     comments = {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines}
-    fields = dataclasses.fields(Settings)
-    for field in fields[:-1]:
-        kind = {"type": field.type}
+    for field in dataclasses.fields(Settings)[:-1]:
+        kind = {"type": field.type, "default": argparse.SUPPRESS}
+        kind["help"] = f"{comments[field.name]} (default {field.default!r})"
         if field.type is bool:  # --resume is --resume=true
-            kind = {"type": json.loads, "choices": [True, False], "nargs": "?", "const": True}
-        text = f"{comments[field.name]} (default {field.default!r})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+            kind |= {"type": json.loads, "choices": [True, False], "nargs": "?", "const": True}
+        parser.add_argument(f"--{field.name}", **kind)
     given, point, base = vars(parser.parse_known_args(arguments)[0]), {}, {}
     if given.get("resume"):
         point = read_point(Path(given.get("out_dir", Settings.out_dir)))
-        saved = point.get("settings", {})
-        base = {field.name: saved[field.name] for field in fields if field.name in saved}
+        known = point.get("settings", {}).items()
+        base = {name: value for name, value in known if name in Settings.__dataclass_fields__}
     loss = dpo.find_loss((base | given).get("loss", Settings.loss))  # whose options are flags, too
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:
@@ -137,11 +136,14 @@ class Run:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
         self.about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
-        self.save, self.watched = lambda: None, contextlib.nullcontext()
+        # Stand-ins: extra/guard.py saves and loads states, and ends what is watched by a signal.
+        self.save_state, self.load_state = lambda *_: None, lambda *_: (0, Counter())
+        self.watch, self.saved_if_stopped = lambda items, *_: items, contextlib.nullcontext()
+        self.save = lambda: None
         with contextlib.suppress(ImportError):
             from extra.guard import protect
 
-            protect(self)  # by a lock, and from signals and what fails on one rank alone
+            protect(self)
         self.point = self.alone(self.begin)  # what the last state says, if the run goes on from it
 
     def begin(self) -> dict:
@@ -149,7 +151,7 @@ class Run:
         metrics, resume = self.out / "metrics.jsonl", self.out / "resume"
         (self.out / "encoded").mkdir(parents=True, exist_ok=True)
         point = read_point(self.out, whole=True) if self.settings.resume else {}
-        if point:  # what was recorded after the state will be again
+        if "state" in point:  # what was recorded after the state will be again
             llm.write_whole(metrics, (resume / point["state"] / metrics.name).read_bytes())
         else:
             for place in (resume, self.out / "adapter"):  # another run's
@@ -170,11 +172,6 @@ class Run:
             dist.broadcast_object_list(found)
         return found[0]
 
-    def watch(self, items: Iterable, together: bool = True) -> Iterable:
-        """The items of any loop that can last: extra/guard.py ends them when a signal asks for it,
-        on all ranks that are at it `together` before the same item."""
-        return items
-
     def total(self, sums: dict) -> dict[str, torch.Tensor]:
         """The sums over the ranks, in one all_reduce, in float64. (all ranks)"""
         values = torch.stack([torch.as_tensor(x).to(self.device).double() for x in sums.values()])
@@ -190,10 +187,9 @@ class Run:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
         return rates | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 or resident}
 
-    def wait(self):
-        """(all ranks)"""
-        if self.world > 1:
-            dist.barrier()
+    def skip(self, stage: str, step: int, *_):
+        """Of a step without a finite loss and gradient. Raises DataError. (all ranks)"""
+        raise data.DataError(f"{stage} diverged by step {step + 1}: lower its learning rate")
 
     def say(self, text: str):
         if self.rank == 0:
@@ -205,7 +201,7 @@ class Run:
         words = [f"{name} {row[name]:.4g}" for name in row if name.endswith(shown)]
         self.say("  ".join([f"{stage} {row['step']}", *words, note]))
         if not all(map(math.isfinite, row.values())):
-            raise data.DataError(f"{stage} diverged by step {row['step']}: lower its learning rate")
+            self.skip(stage, row["step"] - 1)
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage} | row) + "\n")
@@ -264,8 +260,8 @@ def save_model(model, tokenizer, directory: Path, run: Run):
     """Write a checkpoint directory, one whole weight at a time. (all ranks)"""
     prepare = complete = lambda *_: None
     with contextlib.suppress(ImportError):
-        from extra.checkpoints import complete  # what other programs want beside it
-        from extra.guard import prepare  # nothing that has diverged; adapters are merged
+        from extra.checkpoints import complete  # with what other programs want beside it
+        from extra.guard import prepare  # merges adapters, refuses what has diverged
     prepare(model, directory, run)
     llm.save_pretrained(model, directory, writes=run.rank == 0)
     if tokenizer and run.rank == 0:
@@ -305,14 +301,13 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
     optimizer = dpo.make_optimizer(model, s.optimizer, s.weight_decay)
     per_epoch = math.ceil(len(train) / s.batch_size)
     steps = min(epochs * per_epoch, s.max_steps or math.inf)
-    first, totals = load_state(stage, model, optimizer, run)
+    first, totals = run.load_state(stage, model, optimizer)
     run.say(f"{stage}: {len(train):,} examples, steps {first} to {steps} of {s.batch_size}")
-    run.since, skipped = time.perf_counter(), []
-    run.save = lambda: save_state(stage, step, totals, model, optimizer, run)
+    run.since = time.perf_counter()
+    run.save = lambda: run.save_state(stage, step, totals, model, optimizer)
     for step in range(first, steps + 1):  # of which so many are done
         paused = time.perf_counter()
-        due = s.save_every and step % s.save_every == 0 and first < step < steps
-        if due and step - 1 not in skipped:
+        if s.save_every and step % s.save_every == 0 and first < step < steps:
             run.save()
         if held_out and (step in (0, steps) or (s.eval_every and step % s.eval_every == 0)):
             batches = micro_batches(held_out, None, run, 2)
@@ -332,12 +327,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         sums = dpo.take_step(model, optimizer, batches, loss_of, scale, s.grad_clip, run)
         totals.update(sums)
         if not sums:
-            skipped.append(step)
-            where = b", ".join(train.where[examples]).decode()
-            row = {"step": step + 1, "train/skipped_steps": len(skipped)}
-            run.record(stage, row, f"is skipped, as loss or gradient is not finite: {where}")
-        if skipped[-10:] == [*range(step - 9, step + 1)]:
-            raise data.DataError(f"{stage} diverged by step {step + 1}: lower its learning rate")
+            run.skip(stage, step, train, examples)
         run.counts.update(pairs=len(examples), tokens=train.lengths[examples].sum())
         if stage == "dpo" and sums:
             run.mean_logratio.copy_(dpo.mean_logratio(sums, s.beta))
@@ -354,37 +344,11 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
 def read_point(out: Path, whole: bool = False) -> dict:
     """What the last state of the run there says; {} if there is none. whole: it is verified."""
     with contextlib.suppress(ImportError):
-        from extra.states import newest  # the one before it, if it is not whole
+        from extra.states import newest
 
         return newest(out, whole)
-    points = sorted(out.glob("resume/*-*/point.json"), key=os.path.getmtime)
-    return json.loads(points[-1].read_text(encoding="utf-8")) if points else {}
-
-
-def save_state(stage: str, step: int, totals: dict, model, optimizer, run: Run):
-    """All that the rest of the run depends on; of a stage's start only that it is there, as that
-    begins from a checkpoint. (all ranks)"""
-    point = run.about | {"stage": stage, "step": step, "state": f"{stage}-{step}"}
-    point["totals"] = {name: float(value) for name, value in totals.items()}
-    point["mean_logratio"] = float(run.mean_logratio)
-    if point["state"] != run.point.get("state"):
-        from extra.states import save  # whole or not at all
-
-        save(point, model, optimizer, run)
-    run.point = point
-
-
-def load_state(stage: str, model, optimizer, run: Run) -> tuple[int, Counter]:
-    """Restore what this stage left: the steps done, and the sums since the last row. (all ranks)"""
-    point = run.point
-    if point.get("stage") != stage:
-        return 0, Counter()
-    if point["step"]:
-        from extra.states import load
-
-        load(model, optimizer, run)
-    run.mean_logratio.fill_(point["mean_logratio"])
-    return point["step"], Counter(point["totals"])
+    path = out / "run.json"  # without that room the same run, from its beginning
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def train(run: Run):
@@ -409,7 +373,7 @@ def train(run: Run):
         both = sets["sft"], sets.get("sft eval")
         train_stage("sft", model, *both, dpo.sft_loss, s.sft_epochs, s.sft_learning_rate, run)
         save_model(model, tokenizer, sft_dir if s.epochs else run.out, run)
-        save_state("dpo" if s.epochs else "done", 0, {}, None, None, run)
+        run.save_state("dpo" if s.epochs else "done", 0)
     if s.epochs:
         options = {"loss": dpo.find_loss(s.loss), "beta": s.beta, "sft_weight": s.sft_weight}
         options |= {"mean_logratio": run.mean_logratio, **s.options}
@@ -419,7 +383,7 @@ def train(run: Run):
         both = [dataset and with_reference(dataset, model, checkpoint, run) for dataset in both]
         train_stage("dpo", model, *both, loss_of, s.epochs, s.learning_rate, run)
         save_model(model, tokenizer, run.out, run)
-        save_state("done", 0, {}, None, None, run)
+        run.save_state("done", 0)
     run.say(f"saved {run.out}")
 
 
@@ -430,13 +394,13 @@ def main(arguments: list[str]):
         return run_experiment(arguments)
     try:
         run = Run(parse_settings(arguments))
-        with run.watched:
+        with run.saved_if_stopped:
             train(run)
     except (data.DataError, llm.CheckpointError, OSError, ImportError) as error:  # on any rank
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     if run.world > 1:
-        run.wait()
+        dist.barrier()
         gc.collect()  # nothing may hold gloo's threads when the interpreter ends, or it can abort
         dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -35,13 +36,17 @@ class Stopped(Exception):
 def protect(run):
     """Hold the run's directory, catch signals, and make what fails on one rank known to all.
 
-    It gives the run what `train.Run` only has the outlines of: `watch`, `alone`, `watched`.
+    It gives the run what `train.Run` only has the outlines of.
     Raises DataError if another run works in that directory.
     """
+    from extra import states
+
     run.signal = 0
     run.watch = lambda items, together=True: watch(run, items, together)
     run.alone = lambda work, *inputs: alone(run, work, *inputs)
-    run.watched = saved_if_stopped(run)
+    run.saved_if_stopped = saved_if_stopped(run)
+    run.skip = skips(run)
+    run.save_state, run.load_state = partial(states.save, run), partial(states.load, run)
     catch_signals(run)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
     run.alone(begin, run)
@@ -144,6 +149,23 @@ def saved_if_stopped(run):
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = short(error) or "there is no memory left"
         raise DataError(f"{reason}: lower --micro_batch_tokens, or use more GPUs") from None
+
+
+def skips(run) -> Callable:
+    """What is done about a step without a finite loss and gradient, which changed nothing: it is
+    counted and logged, with the examples that were in it; ten in a row end the run. (all ranks)"""
+    steps = {}
+
+    def skip(stage: str, step: int, train=None, examples=()):
+        before = steps.setdefault(stage, [])
+        before.append(step)
+        if train is None or before[-10:] == [*range(step - 9, step + 1)]:
+            raise DataError(f"{stage} diverged by step {step + 1}: lower its learning rate")
+        where = b", ".join(train.where[examples]).decode()
+        row = {"step": step + 1, "train/skipped_steps": len(before)}
+        run.record(stage, row, f"is skipped, as loss or gradient is not finite: {where}")
+
+    return skip
 
 
 def prepare(model, directory: Path, run):

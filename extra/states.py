@@ -15,6 +15,7 @@ rank reads its own rows: any number of ranks goes on from what any other saved.
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -26,15 +27,22 @@ from extra.guard import sha256, short
 PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
 
 
-def save(point: dict, model, optimizer, run):
-    """A state of that point of the run, of its tensors, too, if there is a model. (all ranks)"""
+def save(run, stage: str, step: int, totals=(), model=None, optimizer=None):
+    """All that the rest of the run depends on; of a stage's start only that it is there, as that
+    begins from a checkpoint. totals: the sums since the last row of metrics. (all ranks)"""
+    point = run.about | {"stage": stage, "step": step, "state": f"{stage}-{step}"}
+    point["totals"] = {name: float(value) for name, value in dict(totals).items()}
+    point["mean_logratio"] = float(run.mean_logratio)
+    if point["state"] == run.point.get("state"):
+        return
     new = run.out / "resume" / "new"
     run.alone(shutil.rmtree, new, True)
     run.alone(lambda: new.mkdir(parents=True))
-    if model:
+    if step:
         tensors = tensors_of(model, optimizer)
         llm.write_safetensors(new / "state.safetensors", tensors, writes=run.rank == 0)
-    run.alone(finish, new, point, run)
+    run.alone(finish, new, point, run.point.get("state"), run.out / "metrics.jsonl")
+    run.point = point
 
 
 def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
@@ -48,10 +56,10 @@ def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def finish(new: Path, point: dict, run):
-    """Make a state of what is in `new`; of the others the one stays that this one follows."""
+def finish(new: Path, point: dict, before: str | None, metrics: Path):
+    """Make a state of what is in `new`; of the others only the one `before` it stays."""
     (new / "point.json").write_text(json.dumps(point), encoding="utf-8")
-    shutil.copy(run.out / "metrics.jsonl", new)
+    shutil.copy(metrics, new)
     files = sorted(new.iterdir())
     manifest = {file.name: [file.stat().st_size, sha256(file)] for file in files}
     (new / "manifest.json").write_text(json.dumps(manifest, indent=0), encoding="utf-8")
@@ -62,7 +70,7 @@ def finish(new: Path, point: dict, run):
     new.rename(place)
     sync(place.parent)
     for old in place.parent.iterdir():
-        if old.name not in (place.name, run.point.get("state")):
+        if old.name not in (place.name, before):
             shutil.rmtree(old)
 
 
@@ -75,13 +83,22 @@ def sync(path: Path):
         os.close(handle)
 
 
-def load(model, optimizer, run):
-    """Restore the tensors of the state that the run goes on from. (all ranks)"""
+def load(run, stage: str, model, optimizer) -> tuple[int, Counter]:
+    """Restore what this stage left: the steps done, and the sums since the last row. (all ranks)"""
+    if run.point.get("stage") != stage:
+        return 0, Counter()
+    run.mean_logratio.fill_(run.point["mean_logratio"])
+    if run.point["step"]:
+        read_tensors(run.out / "resume" / run.point["state"], model, optimizer)
+    return run.point["step"], Counter(run.point["totals"])
+
+
+def read_tensors(place: Path, model, optimizer):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()  # so that there are moments, which are read into, as are the weights
     optimizer.zero_grad()
-    path = run.out / "resume" / run.point["state"] / "state.safetensors"
+    path = place / "state.safetensors"
     saved, tensors = llm.read_safetensors(path), tensors_of(model, optimizer)
     if saved.keys() != tensors.keys():
         raise DataError(f"{path}: another model's, another optimizer's or another version's")
