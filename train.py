@@ -93,8 +93,8 @@ def parse_settings(arguments: list[str]) -> Settings:
     given, point, base = vars(parser.parse_known_args(arguments)[0]), {}, {}
     if given.get("resume"):
         point = read_point(Path(given.get("out_dir", Settings.out_dir)))
-        known = point.get("settings", {}).items()
-        base = {name: value for name, value in known if name in Settings.__dataclass_fields__}
+        kinds, saved = Settings.__annotations__, point.get("settings", {})
+        base = {n: x for n, x in saved.items() if n in kinds and isinstance(x, (kinds[n], int))}
     loss = dpo.find_loss((base | given).get("loss", Settings.loss))  # whose options are flags, too
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from extra.checkpoints import places_of
 from model import CheckpointError
 
 HELD = WeakValueDictionary()  # the locks of this process, by the paths of the directories
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MISTAKES = (DataError, CheckpointError, OSError, ImportError)
 LARGE, UNMOVED = 1e3, 1e-4  # root mean square of weights; share of the loss
 
@@ -41,7 +43,7 @@ def protect(run):
     """
     from extra import states
 
-    run.signal = 0
+    run.signal, run.handlers = 0, {}
     run.watch = lambda items, together=True: watch(run, items, together)
     run.alone = lambda work, *inputs: alone(run, work, *inputs)
     run.saved_if_stopped = saved_if_stopped(run)
@@ -99,20 +101,21 @@ def catch_signals(run):
         first = first or time.monotonic()
         run.signal = number
 
-    if sys.modules["threading"].current_thread() is sys.modules["threading"].main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handle)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        run.handlers = {number: signal.signal(number, handle) for number in SIGNALS}
 
 
 def watch(run, items: Iterable, together: bool) -> Iterator:
     """The items of a loop, until a signal asks to stop: then raises Stopped, before the same item
     on all ranks that are at it together. They ask each other over the CPU: no GPU waits for it."""
     for item in items:
-        asked = torch.tensor(run.signal)
+        asked = run.signal
         if run.world > 1 and together:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            of_any = torch.tensor(asked)
+            dist.all_reduce(of_any, dist.ReduceOp.MAX)
+            asked = int(of_any)
         if asked:
-            raise Stopped(signal.Signals(int(asked)).name)
+            raise Stopped(signal.Signals(asked).name)
         yield item
 
 
@@ -146,9 +149,17 @@ def saved_if_stopped(run):
             where = " step ".join(run.point["state"].split("-")) if run.point else "the beginning"
             print(f"train.py: stopped by {stopped} at {where}: {how}", file=sys.stderr)
         sys.exit(128 + signal.Signals[str(stopped)])
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = short(error) or "there is no memory left"
-        raise DataError(f"{reason}: lower --micro_batch_tokens, or use more GPUs") from None
+    except (MemoryError, RuntimeError) as error:
+        reason = short(error) or "memory"
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+            mend = "lower --micro_batch_tokens, or use more GPUs"
+            raise DataError(f"out of memory: {mend} ({reason})") from None
+        if run.world > 1 and ("closed by peer" in reason or "reset by peer" in reason):
+            raise DataError(f"rank {run.rank} stops, as another rank has ended") from None
+        raise
+    finally:
+        for number, handler in run.handlers.items():
+            signal.signal(number, handler)
 
 
 def skips(run) -> Callable:

@@ -25,6 +25,7 @@ from data import DataError
 from extra.guard import sha256, short
 
 PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def save(run, stage: str, step: int, totals=(), model=None, optimizer=None):
@@ -41,7 +42,7 @@ def save(run, stage: str, step: int, totals=(), model=None, optimizer=None):
     if step:
         tensors = tensors_of(model, optimizer)
         llm.write_safetensors(new / "state.safetensors", tensors, writes=run.rank == 0)
-    run.alone(finish, new, point, run.point.get("state"), run.out / "metrics.jsonl")
+    run.alone(finish, run.out, point, run.point.get("state"))
     run.point = point
 
 
@@ -56,14 +57,18 @@ def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def finish(new: Path, point: dict, before: str | None, metrics: Path):
-    """Make a state of what is in `new`; of the others only the one `before` it stays."""
+def finish(out: Path, point: dict, before: str | None):
+    """Make a state of what is in resume/new; of the others only the one `before` it stays."""
+    new = out / "resume" / "new"
     (new / "point.json").write_text(json.dumps(point), encoding="utf-8")
-    shutil.copy(metrics, new)
+    shutil.copy(out / "metrics.jsonl", new)
     files = sorted(new.iterdir())
     manifest = {file.name: [file.stat().st_size, sha256(file)] for file in files}
     (new / "manifest.json").write_text(json.dumps(manifest, indent=0), encoding="utf-8")
     for path in (*files, new / "manifest.json", new):
+        sync(path)
+    made = {"dpo-0": out / "sft", "done-0": out}.get(point["state"])  # what that state stands for
+    for path in (*made.iterdir(), made) if made else ():
         sync(path)
     place = new.with_name(point["state"])
     shutil.rmtree(place, ignore_errors=True)  # it was passed over
@@ -113,7 +118,7 @@ def newest(out: Path, whole: bool) -> dict:
     for place in places:
         try:
             return read(place, whole)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except UNREADABLE as error:
             if whole:
                 print(f"{place} is passed over: it is damaged ({short(error)})", flush=True)
     if places and whole:
@@ -149,4 +154,7 @@ def read(place: Path, whole: bool) -> dict:
         file = place / name
         if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise ValueError(f"{name} is not what was written")
+    numbers = [point["step"], point["mean_logratio"], *point["totals"].values()]
+    if point["state"] != place.name or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError("point.json is not that of a state")
     return point
