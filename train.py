@@ -90,11 +90,10 @@ def parse_settings(arguments: list[str]) -> Settings:
         if field.type is bool:  # --resume is --resume=true
             kind |= {"type": json.loads, "choices": [True, False], "nargs": "?", "const": True}
         parser.add_argument(f"--{field.name}", **kind)
-    given, point, base = vars(parser.parse_known_args(arguments)[0]), {}, {}
+    given, point = vars(parser.parse_known_args(arguments)[0]), {}
     if given.get("resume"):
         point = read_point(Path(given.get("out_dir", Settings.out_dir)))
-        kinds, saved = Settings.__annotations__, point.get("settings", {})
-        base = {n: x for n, x in saved.items() if n in kinds and isinstance(x, (kinds[n], int))}
+    base = dict(point.get("settings", {}))
     loss = dpo.find_loss((base | given).get("loss", Settings.loss))  # whose options are flags, too
     _, beta, *options = inspect.signature(loss).parameters.values()
     if beta.default is not beta.empty:
@@ -106,7 +105,7 @@ def parse_settings(arguments: list[str]) -> Settings:
     given = vars(parser.parse_args(arguments))
     known = base | given
     known["options"] = {name: known.pop(name, default) for name, default in base["options"].items()}
-    settings = Settings(**known)
+    settings = Settings(**{name: known[name] for name in comments if name in known})
     with contextlib.suppress(ImportError):
         from extra.refusals import check  # what is out of range, or would be ignored
 

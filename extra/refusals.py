@@ -34,6 +34,12 @@ def check(s, given: dict, point: dict):
     state says that is resumed, or nothing.
     """
     if s.resume:
+        for field in dataclasses.fields(s):  # as a state has them
+            value = point.get("settings", {}).get(field.name, field.default)
+            kinds = (float, int) if field.type is float else field.type
+            if field.name != "options" and not isinstance(value, kinds):
+                where = f"{s.out_dir}/resume: {field.name} {value!r:.99}"
+                raise DataError(f"{where} is not of type {field.type.__name__}")
         check_resumed(Path(s.out_dir), given, point)
     for name, value in (dataclasses.asdict(s) | s.options).items():
         if name in CHOICES and value not in CHOICES[name]:
