@@ -162,7 +162,7 @@ class Run:
 
             where = {"project": "dpo", "name": self.out.name, "dir": self.out}
             self.wandb = wandb.init(**where, mode=self.settings.wandb, config=self.config)
-        return point
+        return point if "state" in point else {}
 
     def alone(self, work: Callable, *inputs):
         """What rank 0 gets from it, for all ranks. (all ranks)"""
