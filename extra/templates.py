@@ -22,11 +22,26 @@ from extra.conversations import short
 SECONDS = 10  # a conversation takes a thousandth of one
 MEMORY = 2**31  # bytes beyond what the process has when the template starts
 LONGEST = 2**27  # characters that it may write
+BITS = 2**12  # bits of a number that is multiplied
 SOURCE = 2**20  # characters that it may have; those of today have 10,000
 
 
 class Endless(Exception):
     """The time is over."""
+
+
+class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's, whose numbers stay small: of huge ones one step takes minutes, in which no signal is
+    looked at. Products are computed when the template runs, not when it is compiled."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context, operator: str, left, right):
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length()
+            if max(bits, right.bit_length()) > BITS:
+                raise OverflowError("a number is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -35,9 +50,8 @@ def compile_template(source: str) -> jinja2.Template:
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     now = time.localtime()  # one date for all examples, whenever midnight is
     environment.globals |= {"raise_exception": refuse}
     environment.globals |= {"strftime_now": lambda form: time.strftime(form, now)}
