@@ -5,14 +5,13 @@ format, contents that cannot be used, a conversation that the chat template refu
 cannot be read to its end stops it all the same.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 
 import data
 from extra.files import read_lines
 
 SKIPPED = "bad rows skipped"
-say = functools.lru_cache(functools.partial(print, flush=True))  # once, however often it is read
+SHOWN = set()  # rows, each once: SFT and DPO may read the same files
 
 
 class Examples:
@@ -43,6 +42,8 @@ class Examples:
             if self.skipped == self.most:
                 raise data.DataError(f"{error}; {self.most:,} {SKIPPED} before it") from None
             self.skipped += 1
-            if self.skipped <= 3:
-                say(f"skipped: {error}")
+            where = str(error).split(": ")[0]
+            if self.skipped <= 3 and where not in SHOWN:
+                SHOWN.add(where)
+                print(f"skipped: {error}", flush=True)
             return None

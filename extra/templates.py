@@ -84,7 +84,7 @@ def one_sentence(about: str):
     except data.DataError:
         raise
     except MemoryError:
-        raise data.DataError(f"{about} (it wants over {MEMORY // 2**30} GiB of memory)") from None
+        raise data.DataError(f"{about} (it wants over {MEMORY / 2**30:g} GiB of memory)") from None
     except Exception as error:
         raise data.DataError(f"{about} ({short(' '.join(str(error).split()), 200)})") from None
 
