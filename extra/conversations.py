@@ -4,7 +4,6 @@ A turn is {"role": "user", "content": "text"}, and whatever else its message has
 read: tool_calls, name, reasoning_content, … What cannot be kept is refused by name.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -50,11 +49,12 @@ def check_depth(value, where: str = ""):
     calls itself at each level, and jinja and json do, too."""
     level = [value]
     for _ in range(DEPTH):
-        inner = itertools.chain.from_iterable(
-            x.values() if isinstance(x, dict) else x for x in level
-        )
-        level = [x for x in inner if type(x) in (list, dict)]
-        if not level:
+        below = []
+        for one in level:
+            inner = one.values() if isinstance(one, dict) else one
+            if not {list, dict}.isdisjoint(map(type, inner)):  # token ids are many
+                below += [x for x in inner if isinstance(x, (list, dict))]
+        if not (level := below):
             return
     raise DataError(f"{where}is nested too deeply, over {DEPTH} levels: flatten it")
 

@@ -20,8 +20,8 @@ import data
 from extra.conversations import short
 
 SECONDS = 10  # a conversation takes a thousandth of one
-MEMORY = 2**31  # bytes beyond what the process has when the template starts
-LONGEST = 2**27  # characters that it may write
+MEMORY = 2**30  # bytes beyond what the process has when the template starts
+LONGEST = 2**24  # characters that it may write
 BITS = 2**12  # bits of a number that is multiplied
 SOURCE = 2**20  # characters that it may have; those of today have 10,000
 
@@ -130,7 +130,7 @@ BOUNDS = Bounds()
 def bounded(function: Callable, *inputs):
     """What the function gives. Raises Endless after SECONDS, MemoryError beyond MEMORY; but in the
     main thread alone: no other is interrupted by a signal."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return function(*inputs)
     with BOUNDS:
         now = time.monotonic()
