@@ -212,7 +212,9 @@ def check_arguments(args, given: set[str]):
         ({"top_k", "top_p", "seed", "n", "best_of"}, greedy, "--temperature=0 is greedy"),
     ]
     refuse_ignored(ignored, given)
-    if args.prompt or args.prompts:
+    if (args.best_of or args.n) > 10**6:
+        raise DataError("--n and --best_of must be at most 1,000,000")
+    if (Path(args.checkpoint) / "config.json").is_file():  # else what reads it says so
         check_cache(args)
     if args.out and Path(args.out).is_fifo():
         raise DataError(f"--out={args.out} is a pipe: name a file")
@@ -227,5 +229,3 @@ def check_cache(args):
     if (needed := per_token * args.max_new_tokens) > memory():
         what = f"--max_new_tokens={args.max_new_tokens} takes {needed / 2**30:,.0f} GiB"
         raise DataError(f"{what} of keys and values: lower it")
-    if (args.best_of or args.n) > 10**6:
-        raise DataError("--n and --best_of must be at most 1,000,000")
