@@ -15,17 +15,15 @@ response predicts one target, and the rows of prompts none. As a script it is th
 
 import contextlib
 import functools
-import gzip
 import heapq
 import io
 import itertools
 import json
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,28 +131,23 @@ class Example(NamedTuple):
     notes: tuple = ()  # what was made of the row, counted when it is encoded
 
 
-def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) of JSON lines, gzipped or not, or of an array; no blank lines."""
-    where, row = path, None
+def read_row(where: str, line: bytes | object) -> dict:
+    """The object of a line, or that which is an array's element. Raises DataError."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    row = json.loads(line.decode("utf-8-sig"))
-                    if not isinstance(row, dict):
-                        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-                    yield where, row
-        if row is None:
-            raise ValueError("the file is empty")
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        sentence = f"{where}: cannot be read as JSON lines ({reason})"
-        try:
-            from extra.files import read_array  # an array, or how it becomes JSON lines
-        except ImportError:
-            raise DataError(sentence) from None
-        yield from read_array(path, sentence)
+        row = json.loads(line.decode("utf-8-sig")) if isinstance(line, bytes) else line
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: cannot be read as JSON lines ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", object) of JSON lines; with its room of gzipped ones and arrays, too."""
+    lines = lambda p: ((f"{p}:{n}", x) for n, x in enumerate(open(p, "rb"), 1) if x.strip())
+    with contextlib.suppress(ImportError):
+        from extra.files import read_lines as lines  # of whatever the file may be
+    return ((where, read_row(where, line)) for where, line in lines(path))
 
 
 def plain(where: str, row: dict, kind: str) -> Example | None:
@@ -170,16 +163,22 @@ def plain(where: str, row: dict, kind: str) -> Example | None:
     return Example(prompt, tuple(rest[:1] if kind == "demonstrations" else rest), where)
 
 
-def read_examples(paths: str, kind: str) -> Iterator[Example]:
+def read_example(where: str, row: dict, kind: str) -> Example:
+    if example := plain(where, row, kind):
+        return example
+    from extra.formats import parse  # chats, and public data as it is distributed
+
+    return parse(where, row, kind)
+
+
+def read_examples(paths: str, kind: str, skip_bad_rows: int = 0) -> Iterable[Example]:
     """The rows of files (comma-separated). Raises DataError. kind: preferences; demonstrations, of
     which preferences bring the best; or prompts, of any row."""
-    for path in filter(None, paths.split(",")):
-        for where, row in read_jsonl(path):
-            if (example := plain(where, row, kind)) is None:
-                from extra.formats import parse  # chats, and public data as it is distributed
+    if skip_bad_rows:
+        from extra.skipping import Examples
 
-                example = parse(where, row, kind)
-            yield example
+        return Examples(paths, kind, skip_bad_rows)
+    return (read_example(*row, kind) for p in paths.split(",") if p for row in read_jsonl(p))
 
 
 read_preferences = functools.partial(read_examples, kind="preferences")
@@ -321,8 +320,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on `device`, copied from pinned memory while the GPU works."""
-        stays = ("segments", "ids", "soft")
-        move = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
+        move = {k: x for k, x in vars(self).items() if k not in ("segments", "ids", "soft")}
         if torch.device(device).type == "cuda":
             move = {name: tensor.pin_memory() for name, tensor in move.items()}
         return replace(self, **{k: x.to(device, non_blocking=True) for k, x in move.items()})

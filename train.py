@@ -62,6 +62,7 @@ class Settings:
     max_prompt_length: int = 256  # tokens of the prompt; a longer one loses its beginning
     rendered: bool = False  # texts are chats that a template wrote: read their control tokens
     micro_batch_tokens: int = 4096  # tokens of one forward and backward pass on each rank
+    skip_bad_rows: int = 0  # go on past so many unusable rows of each set of data; 0: stop there
     vocab_size: int = 640  # of a tokenizer trained here, at most
     hidden_size: int = 128  # width of a new model
     num_layers: int = 2  # layers of a new model
@@ -214,7 +215,7 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
     with contextlib.suppress(ImportError):
         from extra.encoded import encode_once as encode  # on disk, for all ranks and when resumed
     if not (s.init_from or s.tokenizer or run.point):
-        examples = data.read_examples(s.sft_data or s.data, "demonstrations")
+        examples = data.read_examples(s.sft_data or s.data, "demonstrations", s.skip_bad_rows)
         run.alone(data.Tokenizer.train, examples, run.out / "encoded", s.vocab_size)
     find = data.find_tokenizer if s.init_from else data.Tokenizer
     tokenizer = find(s.init_from or s.tokenizer or run.out / "encoded")
@@ -227,9 +228,9 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
         ("eval pairs", s.eval_data, "preferences", s.epochs),
     ):
         if paths and epochs:
-            examples = run.watch(data.read_examples(paths, kind), together=False)
-            limits = s.max_length, s.max_prompt_length
-            sets[name], counts = encode(run, name, examples, tokenizer, *limits)
+            examples = data.read_examples(paths, kind, s.skip_bad_rows)
+            inputs = examples, tokenizer, s.max_length, s.max_prompt_length
+            sets[name], counts = encode(run, name, *inputs)
             found = [f"{count:,} {what}" for what, count in counts.items() if count]
             run.say(f"{name}: {', '.join(found)} in {paths}")
     return tokenizer, sets

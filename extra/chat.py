@@ -10,17 +10,14 @@ writes a conversation as one text with control tokens in it, which is split wher
 What users write never becomes a control token. `python sample.py CHECKPOINT --chat` talks.
 """
 
-import contextlib
 import functools
 import itertools
-import json
 import re
-import time
+from collections.abc import Collection
 from typing import NamedTuple
 
-import jinja2.sandbox
-
 import data
+from extra.templates import BOUNDS, compile_template, one_sentence, render
 
 # How chats are written when a checkpoint has no template of its own: as in Anthropic's HH files,
 # and every answer ends.
@@ -48,36 +45,6 @@ class Rewritten(data.DataError):
     """The template writes earlier turns differently once others follow."""
 
 
-def compile_template(source: str) -> jinja2.Template:
-    """As transformers compiles a chat_template, in a sandbox."""
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    now = time.localtime()  # one date for all examples, whenever midnight is
-    environment.globals |= {"raise_exception": refuse}
-    environment.globals |= {"strftime_now": lambda form: time.strftime(form, now)}
-    environment.globals |= {"tools": None, "documents": None}
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    for mark, block in (("generation", "if true"), ("endgeneration", "endif")):  # of what is learnt
-        source = re.sub(rf"({{%[-+]?\s*){mark}(\s*[-+]?%}})", rf"\1{block}\2", source)
-    return environment.from_string(source)
-
-
-@contextlib.contextmanager
-def one_sentence(about: str):
-    """Raise DataError for whatever goes wrong in other people's files, and programs."""
-    try:
-        yield
-    except data.DataError:
-        raise
-    except Exception as error:
-        raise data.DataError(f"{about} ({' '.join(str(error).split())})") from None
-
-
 class Template:
     """The chat template of a tokenizer."""
 
@@ -88,7 +55,7 @@ class Template:
         # Phi-3's turns end in <|end|>, its conversations in EOS beyond that, which is no turn's.
         beyond = rf"(?:\s+{re.escape(tokenizer.names['eos_token'])})?\s*$"
         self.turn_end = re.compile(tokenizer.control_pattern.pattern + beyond)
-        with one_sentence(f"{tokenizer.path.parent}: its tokenizer files are not valid"):
+        with one_sentence(f"{tokenizer.path.parent}: its chat template cannot be compiled"):
             self.template = compile_template(self.source)
 
     def render(self, turns: list[dict], answer: bool, where: str = "", context=None) -> str:
@@ -98,7 +65,7 @@ class Template:
         given |= given.pop("chat_template_kwargs", None) or {}
         given |= {"messages": turns, "add_generation_prompt": answer}
         with one_sentence(f"{where}: the chat template refuses the turns"):
-            return self.template.render(self.tokenizer.names | given)
+            return render(self.template, self.tokenizer.names | given)
 
     def guard(self, value):
         """Turns, or whatever is in them, with control tokens that text spells broken up until the
@@ -298,9 +265,10 @@ def check_written(example: data.Example, tokenizer: data.Tokenizer):
 
 def check_rendered(example: data.Example, tokenizer: data.Tokenizer):
     """Raise DataError where the template refuses a conversation, or leaves something out."""
-    check_written(example, tokenizer)
-    for part in separate(example, tokenizer):
-        template_of(tokenizer).lay_out(part)
+    with BOUNDS:
+        check_written(example, tokenizer)
+        for part in separate(example, tokenizer):
+            template_of(tokenizer).lay_out(part)
 
 
 @functools.lru_cache(maxsize=8)
@@ -316,7 +284,13 @@ def encode_chats(examples: list[data.Example], tokenizer: data.Tokenizer) -> lis
     BOS, where the template writes one, and what ends a turn are included; what is read but not
     learnt is ~id; a response without turns has no ids. Raises DataError.
     """
-    layouts = list(map(template_of(tokenizer).lay_out, examples))
+    with BOUNDS:
+        layouts = list(map(template_of(tokenizer).lay_out, examples))
+    return encode_layouts(layouts, tokenizer)
+
+
+def encode_layouts(layouts: Collection, tokenizer: data.Tokenizer) -> list[list[list[int]]]:
+    """The ids of layouts, as encode_chats gives them."""
     texts = {"first": [], "after": [], "inside": []}  # encoded a list at a time, on all cores
     for part in itertools.chain.from_iterable(itertools.chain.from_iterable(layouts)):
         if isinstance(part.content, str):

@@ -21,6 +21,7 @@ ROLES = {
     "assistant": ["assistant", "gpt", "model", "bot", "chatgpt", "ai"],
     "tool": ["tool", "function", "observation", "ipython"],
 }
+DEPTH = 64  # of lists and objects in each other
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 TEXT_PARTS = ("text", "input_text", "output_text")
 # What only describes a message; every other field of it is kept, and told apart.
@@ -41,6 +42,21 @@ def check(name: str, content, kind=CONTENT):
         raise DataError(
             f"field '{name}' has half a surrogate pair, or U+FDD0 or U+FDD1: no characters"
         )
+
+
+def check_depth(value, where: str = ""):
+    """Raise DataError if lists and objects are nested over DEPTH deep; what works through them
+    calls itself at each level, and jinja and json do, too."""
+    level = [value]
+    for _ in range(DEPTH):
+        below = []
+        for one in level:
+            inner = one.values() if isinstance(one, dict) else one
+            if not {list, dict}.isdisjoint(map(type, inner)):  # token ids are many
+                below += [x for x in inner if isinstance(x, (list, dict))]
+        if not (level := below):
+            return
+    raise DataError(f"{where}is nested too deeply, over {DEPTH} levels: flatten it")
 
 
 def number(name: str, value, default: float, least: float, most: float) -> float:
@@ -75,7 +91,7 @@ def normal(name: str, content, kind=ANSWER):
     if isinstance(content, str):
         return content
     messages = [content] if isinstance(content, dict) else content
-    if messages and all(type(i) is int and 0 <= i < 2**31 for i in messages):
+    if {*map(type, messages)} == {int} and min(messages) >= 0 and max(messages) < 2**31:
         return messages
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise DataError(f"field '{name}' must hold token ids, or messages of role and content")
@@ -162,6 +178,7 @@ def from_json(name: str, value, kind: type):
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise DataError(f"field '{name}' holds no valid JSON ({error})") from None
+        check_depth(value)
     check(name, value, kind)
     return value
 
@@ -251,8 +268,8 @@ def tell_apart(one: dict, other: dict):
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     if not SAID & set(names):
         raise DataError(
-            f"the histories of chosen and rejected differ in a message's '{names[0]}' alone: take "
-            "it out"
+            f"the histories of chosen and rejected differ in a message's '{short(names[0])}' "
+            "alone: take it out"
         )
 
 

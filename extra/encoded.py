@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,10 @@ def encode_in(place: Path, run, examples, tokenizer, *limits):
         return
     place.mkdir(parents=True, exist_ok=True)
     made_of.unlink(missing_ok=True)
-    dataset, found = data.encode(encode_ahead(examples, tokenizer), tokenizer, *limits)
+    attempt = getattr(examples, "attempt", call)  # bad rows may be skipped, and are counted
+    ahead = encode_ahead(run.watch(examples, False), tokenizer, attempt)
+    dataset, found = data.encode(ahead, tokenizer, *limits)
+    found["bad rows skipped"] = getattr(examples, "skipped", 0)
     for array in ARRAYS:
         np.save(place / f"{array}.npy", getattr(dataset, array))
     (place / "counts.json").write_text(json.dumps(found), encoding="utf-8")
@@ -63,23 +66,33 @@ def is_whole(made_of: Path, key: str) -> bool:
     return made == {"key": key, "files": files}
 
 
-def encode_ahead(examples: Iterable[data.Example], tokenizer) -> Iterator[data.Example]:
+def call(function, *inputs):
+    return function(*inputs)
+
+
+def encode_ahead(
+    examples: Iterable[data.Example], tokenizer, attempt=call
+) -> Iterator[data.Example]:
     """The examples with token ids in place of texts and conversations.
 
     As data.token_ids encodes them, but thousands at a time, which is done on all cores; and a
     conversation may become several examples (extra/chat.py). What should be counted is in `notes`.
+    attempt: calls a function of one example; where it gives None that is left out.
     """
+    from extra.templates import BOUNDS
+
     examples = iter(examples)
     while block := list(itertools.islice(examples, 4096)):
+        layouts = {}  # of conversations, by the id of their example
         if tokenizer:
-            block = list(prepare(block, tokenizer))
+            with BOUNDS:
+                block = list(prepare(block, tokenizer, attempt, layouts))
         texts = [e for e in block if tokenizer and is_plain_text(e, tokenizer)]
-        chats = [e for e in block if tokenizer and is_chat(e, tokenizer)]
         trees = {id(e): tree for e, tree in zip(texts, encode_texts(texts, tokenizer))}
-        if chats:
-            from extra.chat import encode_chats
+        if layouts:
+            from extra.chat import encode_layouts
 
-            trees |= {id(e): tree for e, tree in zip(chats, encode_chats(chats, tokenizer))}
+            trees |= zip(layouts, encode_layouts(layouts.values(), tokenizer))
         for example in block:  # what is left are ids, and texts without a prompt
             prompt, *responses = trees.get(id(example)) or data.token_ids(example, tokenizer)
             yield example._replace(prompt=prompt, responses=tuple(responses))
@@ -95,22 +108,39 @@ def is_plain_text(example: data.Example, tokenizer) -> bool:
     return isinstance(example.prompt, str) and bool(example.prompt) and not tokenizer.rendered
 
 
-def prepare(block: list[data.Example], tokenizer) -> Iterator[data.Example]:
-    """The examples as they are encoded; raises DataError for what a chat template leaves out."""
+def prepare(
+    block: list[data.Example], tokenizer, attempt: Callable, layouts: dict
+) -> Iterator[data.Example]:
+    """The examples as they are encoded, and the layouts of conversations."""
     from extra import chat
 
     for example in block:
-        if data.is_turns(example.prompt):
-            chat.check_written(example, tokenizer)
-            first, *others = chat.separate(example, tokenizer)
-            yield first._replace(notes=(*example.notes, chat.CHATS))
-            yield from (other._replace(notes=()) for other in others)
+        if is_chat(example, tokenizer):
+            chat.template_of(tokenizer)  # an error of its own is none of the row
+            for part, layout in attempt(laid_out, example, tokenizer) or ():
+                layouts[id(part)] = layout
+                yield part
             continue
-        if isinstance(example.prompt, str) and not tokenizer.rendered:
+        if isinstance(example.prompt, str):
             texts = (example.prompt, *example.responses)
             if any(map(tokenizer.control_pattern.search, texts)):
                 example = example._replace(notes=(*example.notes, chat.SPELT))
         yield example
+
+
+def laid_out(example: data.Example, tokenizer) -> list[tuple[data.Example, list]]:
+    """A conversation as the examples that are learnt of it, each with its layout. Raises DataError,
+    also for what the chat template leaves out."""
+    from extra import chat
+
+    examples = [example]
+    if data.is_turns(example.prompt):
+        chat.check_written(example, tokenizer)
+        first, *others = chat.separate(example, tokenizer)
+        examples = [first._replace(notes=(*example.notes, chat.CHATS))]
+        examples += [other._replace(notes=()) for other in others]
+    lay_out = chat.template_of(tokenizer).lay_out
+    return [(example, lay_out(example)) for example in examples]
 
 
 def encode_texts(examples: list[data.Example], tokenizer) -> Iterator[list[list[int]]]:

@@ -14,6 +14,7 @@ from extra.conversations import (
     CONTENT,
     asked,
     check,
+    check_depth,
     from_json,
     normal,
     number,
@@ -36,6 +37,7 @@ def parse(where: str, row: dict, kind: str) -> Example:
     a tie, of which nothing is learnt, but where the row has a soft_label of its own.
     """
     try:
+        check_depth(row)
         found, context = convert(row, KINDS[kind])
         prompt, responses, margin, notes = found
         weight = number("weight", row.get("weight"), 1.0, 0, 1e6)

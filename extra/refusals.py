@@ -6,10 +6,14 @@
 import dataclasses
 import math
 import os
+import tempfile
 from pathlib import Path
 
-from data import DataError
+import torch
+
+from data import NO_TEXT, DataError
 from extra.checkpoints import places_of
+from extra.conversations import short
 from model import load_config
 
 CHOICES = {
@@ -22,6 +26,8 @@ NEW_MODEL = {"vocab_size", "hidden_size", "num_layers", "num_heads"}
 POSITIVE = NEW_MODEL | {"beta", "batch_size", "micro_batch_tokens", "max_prompt_length"}
 POSITIVE |= {"log_every"}
 OPTIONS_ABOVE_0 = {"exo": "label_smoothing", "chipo": "gamma", "fdpo_alpha": "alpha"}
+MOST = {"seed": 2**63 - 1, "num_layers": 1000}  # of other whole numbers: 2³¹ - 1
+BETWEEN = {"beta": (1e-6, 1e6), "temperature": (1e-6, 1e6), "top_p": (1e-6, 1)}  # others: 1e±30
 MAY_CHANGE = {"log_every", "eval_every", "save_every", "save_adapter", "wandb"}  # when resuming
 MAY_CHANGE |= {"micro_batch_tokens", "activation_checkpointing", "compile"}
 PATHS = {"data", "eval_data", "sft_data", "init_from", "tokenizer"}
@@ -45,7 +51,8 @@ def check(s, given: dict, point: dict):
         if name in CHOICES and value not in CHOICES[name]:
             raise DataError(f"--{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise DataError(f"--{name} must be a number of at least 0, found {value}")
+            raise DataError(f"--{name} must be a number of at least 0, found {short(str(value))}")
+        check_range(name, value)
         if value == 0 and (name in POSITIVE or OPTIONS_ABOVE_0.get(s.loss) == name):
             raise DataError(f"--{name} must be greater than 0")
     places = places_of(s.init_from) if s.init_from else []
@@ -70,6 +77,8 @@ def check(s, given: dict, point: dict):
     for sentence, applies in wrong.items():
         if applies:
             raise DataError(sentence)
+    check_size(s)
+    check_writable(out, s.out_dir)
     objective = {"loss", "beta", "sft_weight", "learning_rate", *s.options}
     ignored = [  # settings, where they would be ignored, and why
         ({"tokenizer", *NEW_MODEL}, s.init_from, "--init_from brings its own"),
@@ -86,6 +95,59 @@ def check(s, given: dict, point: dict):
         if window and s.max_length > window:
             beyond = f"--max_length={s.max_length} is beyond the sliding window of {window}"
             raise DataError(f"{beyond}, and attention with a window is not implemented here")
+
+
+def check_range(name: str, value):
+    """Raise DataError for a value that no computer, or no float32, can hold; and for a text with
+    characters that no file has."""
+    if isinstance(value, str) and ("\0" in value or NO_TEXT.search(value)):
+        raise DataError(f"--{name} has characters that are none: {short(ascii(value))}")
+    if type(value) is int and value > (most := MOST.get(name, 2**31 - 1)):
+        raise DataError(f"--{name} must be at most {most:,}, found {short(str(value))}")
+    if type(value) is float:
+        least, most = BETWEEN.get(name, (1e-30, 1e30))
+        if value and not least <= value <= most:
+            raise DataError(f"--{name} must be from {least:g} to {most:g}, found {value:g}")
+
+
+def check_size(s):
+    """Raise DataError if this machine cannot hold what would be trained, before it is tried."""
+    width = load_config(s.init_from).hidden_size if s.init_from else s.hidden_size
+    if s.lora_rank > width:
+        raise DataError(f"--lora_rank={s.lora_rank} is more than the model's width of {width}")
+    if s.init_from:
+        return
+    pieces = 0 if s.tokenizer else s.vocab_size
+    count = pieces * width + s.num_layers * 12 * width**2  # parameters, as Llama's
+    copies = 1 if torch.cuda.is_available() else 4  # weights, gradients and two moments
+    needed, there = 4 * copies * count, memory()
+    if needed > there:
+        sizes = f"{needed / 2**30:,.0f} GiB, and there are {there / 2**30:,.0f}"
+        what = f"a new model of {count:,} parameters needs {sizes}"
+        raise DataError(f"{what}: lower --hidden_size, --num_layers or --vocab_size")
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_writable(out: Path, given: str):
+    """Raise DataError if the run could not write its directory, now rather than at its end."""
+    if not given:
+        raise DataError("--out_dir is empty: name a directory")
+    try:
+        for place in (out, out / "sft", out / "adapter", out / "resume", out / "encoded"):
+            while not place.exists():
+                place = place.parent
+            with tempfile.TemporaryFile(dir=place):  # in it, or where it will be made
+                pass
+        for name in ("model.safetensors", "config.json", "run.json", "metrics.jsonl"):
+            if (out / name).is_dir():
+                raise IsADirectoryError(0, f"{name} there is a directory")
+    except OSError as error:
+        where = short(str(out), 200)
+        raise DataError(f"--out_dir: {where} cannot be written ({error.strerror})") from None
 
 
 def check_resumed(out: Path, given: dict, point: dict):
@@ -117,7 +179,11 @@ def refuse_ignored(ignored: list[tuple], given: set[str]):
 
 def check_arguments(args, given: set[str]):
     """Raise DataError for flags of sample.py that lack something, or would be ignored."""
+    for name, value in vars(args).items():
+        for one in value if isinstance(value, list) else [value]:
+            check_range(name, one)
     least = {"n": 1, "best_of": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "beta": 0}
+    least["seed"] = 0
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
@@ -144,5 +210,20 @@ def check_arguments(args, given: set[str]):
         ({"top_k", "top_p", "seed", "n", "best_of"}, greedy, "--temperature=0 is greedy"),
     ]
     refuse_ignored(ignored, given)
+    if (args.best_of or args.n) > 10**6:
+        raise DataError("--n and --best_of must be at most 1,000,000")
+    if (Path(args.checkpoint) / "config.json").is_file():  # else what reads it says so
+        check_cache(args)
+    if args.out and Path(args.out).is_fifo():
+        raise DataError(f"--out={args.out} is a pipe: name a file")
     if args.out:
         open(args.out, "a").close()  # now rather than after an hour of sampling
+
+
+def check_cache(args):
+    """Raise DataError if the keys and values of a single sample would not fit into memory."""
+    c = load_config(args.checkpoint)
+    per_token = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes, float32
+    if (needed := per_token * args.max_new_tokens) > memory():
+        what = f"--max_new_tokens={args.max_new_tokens} takes {needed / 2**30:,.0f} GiB"
+        raise DataError(f"{what} of keys and values: lower it")

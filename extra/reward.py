@@ -15,6 +15,7 @@ import data
 import dpo
 import sample
 from extra.checkpoints import setting
+from extra.conversations import check_depth
 
 
 def run(args, options: dict):
@@ -57,7 +58,8 @@ def limits_of(args) -> list[int]:
 
 
 def write(path: str, rows: list[dict]):
-    with open(path, "w", encoding="utf-8") as file:
+    text = {"encoding": "utf-8", "errors": "backslashreplace"}  # lone surrogates as they came
+    with open(path, "w", **text) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"wrote {len(rows):,} lines to {path}")
 
@@ -211,6 +213,8 @@ def score(args):
     paths = filter(None, args.score.split(","))
     rows = [found for path in paths for found in data.read_jsonl(path)]  # (file:line, row)
     examples = {e.where: e for e in data.read_examples(args.score, "prompts")}
+    for where, row in rows:  # of what is only handed on, too
+        check_depth(row, f"{where}: ")
     counts = Counter(examples=len(rows))
     items = [encode_row(row, examples[where], tokenizer, limits, counts) for where, row in rows]
     items = [item for item in items if item]

@@ -16,7 +16,7 @@ from conftest import ROOT, make_model, save_tokenizer, sequences, turns, write_j
 
 import data
 import sample
-from extra import chat, conversations, encoded, formats
+from extra import chat, conversations, encoded, formats, templates
 from model import ModelConfig, save_pretrained
 
 H, A = "\n\nHuman: ", "\n\nAssistant: "
@@ -299,7 +299,7 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
         assert str(error.value).startswith("x.jsonl:3: ") and "\n" not in str(error.value)
     for i, config in enumerate(('{"chat_template": "{% if %}"}', "[1]", "{", '{"bos_token": {}}')):
         files = {"tokenizer_config.json": config}
-        with pytest.raises(data.DataError, match=f"c{i}: its tokenizer files are not v") as error:
+        with pytest.raises(data.DataError, match=f"c{i}: its (tokenizer|chat t)") as error:
             prompt_ids(ASKED, with_files(tokenizer, tmp_path / f"c{i}", {}, files))
         assert "\n" not in str(error.value)
 
@@ -310,7 +310,7 @@ def test_a_date_is_that_of_the_start(tokenizer, tmp_path, monkeypatch):
         tokenizer, tmp_path / "t", {"chat_template": "{{ strftime_now('%d %b %Y') }}"}, {}
     )
     days = [time.struct_time((2001, 5, n, 0, 0, 0, 0, 0, 0)) for n in (4, 5)]
-    monkeypatch.setattr(chat.time, "localtime", lambda: days.pop(0))
+    monkeypatch.setattr(templates.time, "localtime", lambda: days.pop(0))
     assert [chat.template_of(t).render(ASKED, True) for _ in "ab"] == ["04 May 2001"] * 2
 
 

@@ -688,7 +688,10 @@ def test_arrays_are_read(tmp_path):
     for text, message in (
         (json.dumps([PAIR, 3]), "x.json, element 2: expected a JSON object, found int"),
         (json.dumps([PAIR, {"text": "a"}]), "x.json, element 2: has the fields text"),
-        (json.dumps(rows, indent=1)[:-9], "x.json: cannot be read as a JSON array .*line"),
+        (
+            json.dumps(rows, indent=1)[:-9],
+            "x.json, element 2: cannot be read as a JSON array .Expecting ',' d",
+        ),
         ("[]", "x.json: the array is empty"),
         (json.dumps(PAIR, indent=1), "x.json:1: cannot be read as JSON lines"),
     ):

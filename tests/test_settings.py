@@ -988,6 +988,7 @@ CASES = [
     Case("seed", {"seed": 1}, BOTH | ALL_FED | {"start"}, other_adapters, CHECKPOINT | {"lora_rank": 2}),
     Case("max_length", {"max_length": 15}, BOTH | ALL_FED | HELD_OUT | {"shape", "printed"}, cuts_responses, {"max_prompt_length": 13}),
     Case("max_prompt_length", {"max_prompt_length": 9}, BOTH | ALL_FED | HELD_OUT | {"printed"}, cuts_prompts),
+    Case("skip_bad_rows", {"skip_bad_rows": 3}, set()),
     Case("micro_batch_tokens", {"micro_batch_tokens": 19}, PACKED, more_micro_batches, rounded=BOTH),
     Case("micro_batch_tokens", {"micro_batch_tokens": 4096}, PACKED, one_micro_batch, rounded=BOTH),
     Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files"}, begins_with_checkpoint, CHECKPOINT),
@@ -1101,7 +1102,7 @@ PROMISED = {
     "resume": False, "loss": "dpo", "beta": 0.1, "sft_weight": 0.0, "optimizer": "adamw", "learning_rate": 1e-6,
     "sft_learning_rate": 1e-5, "lr_schedule": "linear", "warmup_steps": 20, "weight_decay": 0.0, "grad_clip": 1.0,
     "batch_size": 64, "epochs": 1, "sft_epochs": 1, "max_steps": 0, "shuffle": True, "seed": 0, "rendered": False, "max_length": 512,
-    "max_prompt_length": 256, "micro_batch_tokens": 4096, "vocab_size": 640, "hidden_size": 128, "num_layers": 2,
+    "max_prompt_length": 256, "micro_batch_tokens": 4096, "skip_bad_rows": 0, "vocab_size": 640, "hidden_size": 128, "num_layers": 2,
     "num_heads": 4, "dtype": "auto", "lora_rank": 0, "save_adapter": False, "compile": False, "activation_checkpointing": False,
     "log_every": 25, "eval_every": 0, "save_every": 0, "wandb": "disabled", "options": {"label_smoothing": 0.0},
 }  # fmt: skip
