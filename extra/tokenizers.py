@@ -168,8 +168,11 @@ class ModelTokenizer(Described):
                 raise data.DataError(f"{path}: not a SentencePiece model (it is empty)")
         except OSError as error:
             raise data.DataError(f"{path}: cannot be read ({error.strerror})") from None
-        super().__init__(path)
-        self.pieces = {self.start.id_to_piece(i): i for i in range(self.vocab_size)}
+        try:
+            super().__init__(path)
+            self.pieces = {self.start.id_to_piece(i): i for i in range(self.vocab_size)}
+        except UnicodeDecodeError as error:
+            raise data.DataError(f"{path}: not a SentencePiece model ({error})") from None
         self.read_beside()
         self.spelt = {}  # user-defined pieces that are control tokens: found in any text
         for piece, i in self.pieces.items():
@@ -269,20 +272,14 @@ class JsonTokenizer(Described):
         try:
             self.proto = read_bytes(self.path, LARGEST)
             given = parse_json(self.proto)
-            spec = json.loads(tokenizers.Tokenizer.from_buffer(self.proto).to_str())
+            self.at = self.open_at(tokenizers.Tokenizer)
         except OSError as error:
             raise data.DataError(f"{self.path}: cannot be read ({error.strerror})") from None
-        except Exception as error:  # the package has no others
+        except BaseException as error:  # the package has its own Exception, and panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             why = " ".join(str(error).split())[:200]
             raise data.DataError(f"{self.path}: not a tokenizer.json ({why})") from None
-        spec |= {"truncation": None, "padding": None}
-        self.at, made = {}, []
-        for place in ("first", "after", "inside"):
-            variant = without_space(spec, place)
-            same = [t for v, t in made if v == variant]  # most put no space anywhere
-            self.at[place] = same[0] if same else tokenizers.Tokenizer.from_str(json.dumps(variant))
-            self.at[place].encode_special_tokens = True  # as text: user text yields none
-            made.append((variant, self.at[place]))
         self.check_ids(given.get("added_tokens") or ())
         self.vocab_size = 1 + max(self.at["first"].get_vocab().values())
         self.read_beside()
@@ -290,6 +287,20 @@ class JsonTokenizer(Described):
         for name, i in self.control.items():  # not special, but named as if, or of a unigram model
             encode = lambda text: self.at["inside"].encode(text, add_special_tokens=False).ids
             self.spelt[i] = encode(name[:1]) + encode(name[1:])
+
+    def open_at(self, kind) -> dict:
+        """The package's tokenizer for texts of each place. Raises what the package does."""
+        spec = json.loads(kind.from_buffer(self.proto).to_str())
+        spec |= {"truncation": None, "padding": None}
+        opened, made = {}, []
+        for place in ("first", "after", "inside"):
+            variant = without_space(spec, place)
+            same = [t for v, t in made if v == variant]  # most put no space anywhere
+            opened[place] = same[0] if same else kind.from_str(json.dumps(variant))
+            opened[place].encode_special_tokens = True  # as text: user text yields none
+            opened[place].encode("\ue000")  # which none knows, and each must say so in some way
+            made.append((variant, opened[place]))
+        return opened
 
     def check_ids(self, added: list[dict]):
         """Are there tokens, with the ids that the file says? Raises DataError."""
