@@ -272,6 +272,7 @@ class JsonTokenizer(Described):
         try:
             self.proto = read_bytes(self.path, LARGEST)
             given = parse_json(self.proto)
+            check_vocabulary(given)
             self.at = self.open_at(tokenizers.Tokenizer)
         except OSError as error:
             raise data.DataError(f"{self.path}: cannot be read ({error.strerror})") from None
@@ -312,9 +313,6 @@ class JsonTokenizer(Described):
             if ids.get(name) != i:
                 what = f"added_tokens: {short(name)} has the id {i}, but would be {ids.get(name)}"
                 raise data.DataError(f"{self.path}: {what}: no id may be left out")
-        name = max(ids, key=ids.get)
-        if ids[name] not in IDS:
-            raise data.DataError(f"{self.path}: {short(name)} has the id {ids[name]}")
 
     def find_tokens(self, config: dict):
         """Control tokens, BOS and EOS. What a text begins with, the post-processor says."""
@@ -351,6 +349,15 @@ class JsonTokenizer(Described):
         known = [i for i in ids if i < self.vocab_size and i not in self.control_ids]
         place = "inside" if continuation else "first"
         return self.at[place].decode(known, skip_special_tokens=False)
+
+
+def check_vocabulary(given):
+    """Raises ValueError for ids up to which the package would count for minutes."""
+    model = given.get("model") if isinstance(given, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for name, i in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if not is_id(i):
+            raise ValueError(f"{short(name)} has the id {short(i)}")
 
 
 # Where a tokenizer.json puts or takes spaces, and what it calls the steps of a sequence there.

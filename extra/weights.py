@@ -7,6 +7,7 @@ not right is one sentence, before any memory is taken for it.
 import math
 import pickletools
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -165,7 +166,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     Raises OSError, ValueError and torch's own exceptions.
     """
     check_bin(path)
-    weights = torch.load(path, "cpu", weights_only=True, mmap=True)
+    with warnings.catch_warnings(action="ignore"):  # of what is refused below
+        weights = torch.load(path, "cpu", weights_only=True, mmap=True)
     if not isinstance(weights, dict):
         raise ValueError(f"not weights by their names, but a {type(weights).__name__}")
     if not weights:
