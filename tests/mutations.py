@@ -357,7 +357,7 @@ MISTAKES = [
     ("model.py", "large log-probs at once", "if len(hidden) * len(weight) > MANY or", "if len(hidden) > MANY or", "test_reports.py::test_never_more_logits_than_many_at_a_time"),
     ("model.py", "the feed-forward is rounded down", "-(-8 * width // 3 // 32) * 32", "(8 * width // 3 // 32) * 32", "test_reports.py::test_a_new_shape_is_llamas"),
     ("model.py", "numbers are not aligned", 'text += b" " * (-len(text) % 8)', 'text += b" " * (-len(text) % 1)', "test_reports.py::test_the_file_is_aligned_and_its_config_says_float32"),
-    ("extra/checkpoints.py", "a bin beside an index is read first", "            if where:\n", "            if where and not (directory / name).is_file():\n", "test_reports.py::test_configs_of_others"),
+    ("extra/weights.py", "a bin beside an index is read first", "            if where:\n", "            if where and not (directory / name).exists():\n", "test_reports.py::test_configs_of_others"),
     ("extra/checkpoints.py", "the special tokens are left behind", '"special_tokens_map.json", ', "", "test_reports.py::test_what_lies_beside_weights_goes_along"),
     ("extra/attention.py", "all segments are one group", "members[prompt_size > 0, like(size), like(prompt_size + size)]", "members[prompt_size > 0, 0, 0]", "test_reports.py::test_padding_of_attention_is_bounded"),
     ("extra/objectives.py", "dpop's alpha is 5", "def dpop(pairs, beta, alpha=50.0)", "def dpop(pairs, beta, alpha=5.0)", "test_reports.py::test_each_option_has_its_papers_default"),
@@ -366,7 +366,7 @@ MISTAKES = [
     ("extra/lora.py", "adapters of the wrong size", "module.in_features**-0.5", "rank**-0.5", "test_lora.py::test_first_values"),
     ("model.py", "bf16 is cast before the norm", "        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps\n", "        if torch.is_autocast_enabled(x.device.type):\n            x = x.to(torch.get_autocast_dtype(x.device.type))\n        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps\n", "test_reports.py::test_bf16_is_of_products_alone"),
     ("model.py", "the logits stay in bf16", "return logits if logits.dtype == torch.float64 else logits.float()", "return logits", "test_model.py::test_token_logps_in_bfloat16"),
-    ("extra/checkpoints.py", "bin before safetensors", 'formats = "model.safetensors", "pytorch_model.bin"', 'formats = "pytorch_model.bin", "model.safetensors"', "test_checkpoints.py::test_shards_in_half_precision_as_distributed"),
+    ("extra/weights.py", "bin before safetensors", 'formats = "model.safetensors", "pytorch_model.bin"', 'formats = "pytorch_model.bin", "model.safetensors"', "test_checkpoints.py::test_shards_in_half_precision_as_distributed"),
     ("extra/checkpoints.py", "gelu is taken for silu", '("silu", "swish", None)', '("silu", "swish", "gelu", None)', "test_checkpoints.py::test_unusable_checkpoints_are_refused_by_name"),
     ("model.py", "a source's architecture is lost", 'f"{model.config.model_type.capitalize()}ForCausalLM"', '"LlamaForCausalLM"', "test_checkpoints.py::test_a_source_keeps_its_architecture"),
     ("model.py", "the embedding of a tied head is read twice", 'weights.pop("lm_head.weight", None)', 'weights.pop("head.weight", None)', "test_checkpoints.py::test_a_tied_head_that_is_there_twice_is_read_once"),
@@ -558,6 +558,19 @@ MISTAKES = [
     ("extra/public.py", "an empty answer at the end takes the others with it", "said = [i for i in answers if not said_nothing([turns[i]])] or answers[:1]", "said = answers", "test_cases.py::test_an_empty_answer_at_the_end_takes_nothing_with_it"),
     ("extra/tokenizers.py", "config.json does not name the ends of a tokenizer.json", 'ids = beside.get(f"{name}_id")', "ids = None", "test_cases.py::test_a_tokenizer_json_may_be_named_by_the_config_of_its_model"),
     ("data.py", "a bad row is a failure of the trained tokenizer", "                raise DataError(said[1]) from None\n", "                pass\n", "test_cases.py::test_a_bad_row_is_named_while_a_tokenizer_is_trained"),
+    # Files of a checkpoint, which are hostile until checked
+    ("extra/reading.py", "a pipe is read as a file", "    if not stat.S_ISREG(status.st_mode):\n", "    if False:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[config FIFO]"),
+    ("extra/reading.py", "NaN is read as JSON", "\"parse_float\": finite, \"parse_constant\": finite}", "\"parse_float\": finite}", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[config NaN]"),
+    ("extra/reading.py", "a megabyte is quoted as it is", "    if len(text) <= most:\n", "    if len(text) <= most**9:\n", "test_hostile_checkpoints.py::test_values_are_quoted_shortly"),
+    ("extra/weights.py", "the header's length is believed", "        if length > min(size - 8, HEADER):\n", "        if length > HEADER:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[header beyond]"),
+    ("extra/weights.py", "weights may overlap", "        if begin != end:\n", "        if begin > end:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[offsets overlap] test_hostile_checkpoints.py::test_any_header"),
+    ("extra/weights.py", "what is beyond the last weight does not count", "    if 8 + length + end != size:\n", "    if 8 + length + end > size:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[file longer]"),
+    ("extra/weights.py", "an index may lead out of its directory", "is_name = file == Path(file).name and", "is_name =", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence"),
+    ("extra/weights.py", "what an index promises is not looked for", "        if missing := promised - found.keys():\n", "        if missing := ():\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[index lost weight]"),
+    ("extra/weights.py", "integers of a bin are weights", "        if weight.dtype not in DTYPES.values():\n", "        if weight.dtype is None:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence"),
+    ("extra/weights.py", "a bin may be compressed", "if any(part.compress_type != zipfile.ZIP_STORED for part in parts):", "if not parts:", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[bin compressed]"),
+    ("extra/checkpoints.py", "a NaN hides in a sum that is looked at alone", "    return bool(x.sum().isfinite()) or bool(x.isfinite().all())\n", "    return bool(x.sum().isfinite())\n", "test_hostile_checkpoints.py::test_the_first_weight_that_is_not_finite"),
+    ("extra/tokenizers.py", "ids of added tokens are those of the package, whatever the file says", "            if ids.get(name) != i:\n", "            if name not in ids:\n", "test_hostile_checkpoints.py::test_each_bad_tokenizer_is_one_sentence[json id other]"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]
