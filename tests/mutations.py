@@ -559,18 +559,18 @@ MISTAKES = [
     ("extra/tokenizers.py", "config.json does not name the ends of a tokenizer.json", 'ids = beside.get(f"{name}_id")', "ids = None", "test_cases.py::test_a_tokenizer_json_may_be_named_by_the_config_of_its_model"),
     ("data.py", "a bad row is a failure of the trained tokenizer", "                raise DataError(said[1]) from None\n", "                pass\n", "test_cases.py::test_a_bad_row_is_named_while_a_tokenizer_is_trained"),
     # Files of a checkpoint, which are hostile until checked
-    ("extra/reading.py", "a pipe is read as a file", "    if not stat.S_ISREG(status.st_mode):\n", "    if False:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[config FIFO]"),
-    ("extra/reading.py", "NaN is read as JSON", "\"parse_float\": finite, \"parse_constant\": finite}", "\"parse_float\": finite}", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[config NaN]"),
+    ("extra/reading.py", "a pipe is read as a file", "    if not stat.S_ISREG(status.st_mode):\n", "    if False:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[config-FIFO]"),
+    ("extra/reading.py", "NaN is read as JSON", "\"parse_float\": finite, \"parse_constant\": finite}", "\"parse_float\": finite}", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[config-NaN]"),
     ("extra/reading.py", "a megabyte is quoted as it is", "    if len(text) <= most:\n", "    if len(text) <= most**9:\n", "test_hostile_checkpoints.py::test_values_are_quoted_shortly"),
-    ("extra/weights.py", "the header's length is believed", "        if length > min(size - 8, HEADER):\n", "        if length > HEADER:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[header beyond]"),
-    ("extra/weights.py", "weights may overlap", "        if begin != end:\n", "        if begin > end:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[offsets overlap] test_hostile_checkpoints.py::test_any_header"),
-    ("extra/weights.py", "what is beyond the last weight does not count", "    if 8 + length + end != size:\n", "    if 8 + length + end > size:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[file longer]"),
+    ("extra/weights.py", "the header's length is believed", "        if length > min(size - 8, HEADER):\n", "        if length > HEADER:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[header-beyond]"),
+    ("extra/weights.py", "weights may overlap", "        if begin != end:\n", "        if begin > end:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[offsets-overlap] test_hostile_checkpoints.py::test_any_header"),
+    ("extra/weights.py", "what is beyond the last weight does not count", "    if 8 + length + end != size:\n", "    if 8 + length + end > size:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[file-longer]"),
     ("extra/weights.py", "an index may lead out of its directory", "is_name = file == Path(file).name and", "is_name =", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence"),
-    ("extra/weights.py", "what an index promises is not looked for", "        if missing := promised - found.keys():\n", "        if missing := ():\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[index lost weight]"),
+    ("extra/weights.py", "what an index promises is not looked for", "        if missing := promised - found.keys():\n", "        if missing := ():\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[index-lost-weight]"),
     ("extra/weights.py", "integers of a bin are weights", "        if weight.dtype not in DTYPES.values():\n", "        if weight.dtype is None:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence"),
-    ("extra/weights.py", "a bin may be compressed", "if any(part.compress_type != zipfile.ZIP_STORED for part in parts):", "if not parts:", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[bin compressed]"),
+    ("extra/weights.py", "a bin may be compressed", "if any(part.compress_type != zipfile.ZIP_STORED for part in parts):", "if not parts:", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[bin-compressed]"),
     ("extra/checkpoints.py", "a NaN hides in a sum that is looked at alone", "    return bool(x.sum().isfinite()) or bool(x.isfinite().all())\n", "    return bool(x.sum().isfinite())\n", "test_hostile_checkpoints.py::test_the_first_weight_that_is_not_finite"),
-    ("extra/tokenizers.py", "ids of added tokens are those of the package, whatever the file says", "            if ids.get(name) != i:\n", "            if name not in ids:\n", "test_hostile_checkpoints.py::test_each_bad_tokenizer_is_one_sentence[json id other]"),
+    ("extra/tokenizers.py", "ids of added tokens are those of the package, whatever the file says", "            if ids.get(name) != i:\n", "            if name not in ids:\n", "test_hostile_checkpoints.py::test_each_bad_tokenizer_is_one_sentence[json-id-other]"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]
