@@ -563,7 +563,7 @@ MISTAKES = [
     ("extra/reading.py", "NaN is read as JSON", "\"parse_float\": finite, \"parse_constant\": finite}", "\"parse_float\": finite}", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[config-NaN]"),
     ("extra/reading.py", "a megabyte is quoted as it is", "    if len(text) <= most:\n", "    if len(text) <= most**9:\n", "test_hostile_checkpoints.py::test_values_are_quoted_shortly"),
     ("extra/weights.py", "the header's length is believed", "        if length > min(size - 8, HEADER):\n", "        if length > HEADER:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[header-beyond]"),
-    ("extra/weights.py", "weights may overlap", "        if begin != end:\n", "        if begin > end:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[offsets-overlap] test_hostile_checkpoints.py::test_any_header"),
+    ("extra/weights.py", "weights may overlap", "        if begin != end:\n", "        if begin > end:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[offsets-shared]"),
     ("extra/weights.py", "what is beyond the last weight does not count", "    if 8 + length + end != size:\n", "    if 8 + length + end > size:\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[file-longer]"),
     ("extra/weights.py", "an index may lead out of its directory", "is_name = file == Path(file).name and", "is_name =", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence"),
     ("extra/weights.py", "what an index promises is not looked for", "        if missing := promised - found.keys():\n", "        if missing := ():\n", "test_hostile_checkpoints.py::test_each_bad_checkpoint_is_one_sentence[index-lost-weight]"),

@@ -373,6 +373,7 @@ CASES = {
     "offsets huge": (entry(data_offsets=[2**70, 2**70 + 64]), ST + f"weight {NORM}: data_offsets "),
     "offsets beyond": (entry(data_offsets=[2**40, 2**40 + 64]), ST + f"weight {NORM} leaves a hole before it"),
     "offsets overlap": (entry(data_offsets=[4, 68]), ST + r"weight \S+ (overlaps another|leaves a hole)"),
+    "offsets shared": (header(lambda h: h | {NORM: h["model.layers.0.input_layernorm.weight"]}, cut=64), ST + f"weight {NORM} overlaps another"),
     "offsets one": (entry(data_offsets=[64]), ST + f"weight {NORM}: data_offsets "),
     "offsets three": (entry(data_offsets=[0, 64, 64]), ST + f"weight {NORM}: data_offsets "),
     "offsets floats": (entry(data_offsets=[0.0, 64.0]), ST + f"weight {NORM}: data_offsets "),
