@@ -297,19 +297,18 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], writes: bool = Tru
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """Weights by their names here, in the precision of the files. Raises CheckpointError."""
-    path = Path(directory) / "model.safetensors"
-    try:
-        weights = read_safetensors(path)
-    except FileNotFoundError:
-        from extra.checkpoints import read_files  # in several files, or in torch's format
-
-        weights = read_files(Path(directory))
-    except Exception as error:  # whatever a damaged file leads to
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    if load_config(directory).tie_word_embeddings:
+    config = load_config(directory)
+    read = lambda place: read_safetensors(place / "model.safetensors")
+    with contextlib.suppress(ImportError):
+        from extra.weights import read_files as read  # several, in torch's format; all are checked
+    weights = read(Path(directory))
+    if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some have the embedding twice
     # Old checkpoints have rotary's frequencies, too.
-    return {k.removeprefix("model."): w for k, w in weights.items() if "rotary_emb" not in k}
+    weights = {k.removeprefix("model."): w for k, w in weights.items() if "rotary_emb" not in k}
+    with torch.device("meta"):
+        fill(Transformer(config), weights)  # they fit, before there is memory for a model
+    return weights
 
 
 @torch.no_grad()
@@ -339,9 +338,10 @@ def copy_rows(target: Tensor, whole: Tensor):
 
 def load_pretrained(directory: str | Path) -> Transformer:
     """A checkpoint in the Llama layout, in float32 on the CPU. Raises CheckpointError."""
+    weights = read_weights(directory)
     with torch.device("meta"):  # no time for initial values
         model = Transformer(load_config(directory))
-    return fill(model.to_empty(device="cpu"), read_weights(directory))
+    return fill(model.to_empty(device="cpu"), weights)
 
 
 @torch.no_grad()

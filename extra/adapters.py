@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from extra import lora
-from extra.checkpoints import places_of, read_bin, read_files, read_json
-from model import CheckpointError, read_safetensors, write_safetensors
+from extra.checkpoints import places_of, read_json
+from extra.reading import short
+from extra.weights import read_file, read_files
+from model import CheckpointError, write_safetensors
 
 PROJECTIONS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 FACTOR = re.compile(  # layers.0.self_attn.q_proj and A or B
@@ -82,18 +84,23 @@ def read_settings(directory: Path) -> dict:
     given = read_json(path)
     for key, allowed in IMPLEMENTED.items():
         if given.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"{path}: {key} {given[key]!r} is not implemented here")
+            raise CheckpointError(f"{path}: {key} {short(given[key])} is not implemented here")
     for key, value in given.items():
         if key not in HARMLESS and key not in IMPLEMENTED and value not in OFF:
-            raise CheckpointError(f"{path}: {key} {value!r} is not implemented here")
+            raise CheckpointError(f"{path}: {key} {short(value)} is not implemented here")
     targets = given.get("target_modules")
     for name in targets if isinstance(targets, list) else ():  # else a pattern: the weights tell
         if str(name).rpartition(".")[2] not in PROJECTIONS:
-            raise CheckpointError(f"{path}: target_modules: {name!r} is no projection of a block")
+            what = f"target_modules: {short(name)} is no projection of a block"
+            raise CheckpointError(f"{path}: {what}")
     for key in ("r", "lora_alpha"):
         value = given.get(key)
-        if type(value) not in (int, float) or not value > 0:
-            raise CheckpointError(f"{path}: {key} {value!r} is not a positive number")
+        kinds = (int,) if key == "r" else (int, float)
+        if type(value) not in kinds or not 0 < value < 1e9:
+            raise CheckpointError(f"{path}: {key} {short(value)} is not a positive number")
+    if given.get("use_rslora") not in (True, False, None):
+        value = short(given["use_rslora"])
+        raise CheckpointError(f"{path}: use_rslora {value} is neither true nor false")
     return given
 
 
@@ -102,22 +109,15 @@ def read_factors(directory: Path) -> dict[tuple[str, str], Tensor]:
 
     Raises CheckpointError naming the file, and what is no adapter of a projection.
     """
-    path, read = directory / "adapter_model.safetensors", read_safetensors
-    if not path.is_file() and (directory / "adapter_model.bin").is_file():
-        path, read = directory / "adapter_model.bin", read_bin
-    try:
-        weights = read(path)
-    except Exception as error:  # each format has its own exceptions
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
+    path = directory / "adapter_model.safetensors"
+    if not path.exists() and (directory / "adapter_model.bin").exists():
+        path = directory / "adapter_model.bin"
     factors = {}
-    for name, weight in weights.items():
+    for name, weight in read_file(path).items():
         match = FACTOR.fullmatch(name)
         if not match:
             raise CheckpointError(f"{path}: {name} is no adapter of a projection of a block")
         factors[match.groups()] = weight
-    if not factors:
-        raise CheckpointError(f"{path}: no adapters in it")
     return factors
 
 
@@ -135,7 +135,8 @@ def read_merged(directory: Path) -> dict[str, Tensor]:
             weights.get(f"{stem}.weight"),
         )
         shapes = [None if x is None else tuple(x.shape) for x in (a, b, weight)]
-        if None in shapes or shapes != [(rank, weight.shape[1]), (len(weight), rank), shapes[2]]:
+        fits = None not in shapes and all(len(shape) == 2 for shape in shapes)
+        if not fits or shapes != [(rank, weight.shape[1]), (len(weight), rank), shapes[2]]:
             found = "A {}, B {} and base {}".format(*shapes)
             raise CheckpointError(f"{path}: {stem} does not fit r {rank} and the base: {found}")
         weights[f"{stem}.weight"] = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)

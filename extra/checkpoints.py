@@ -1,8 +1,8 @@
-"""Checkpoints as other programs write them: their config.json, several files, torch's format.
+"""Checkpoints as other programs write them: their config.json, and what lies beside.
 
 `model.py` reads what it wrote. Here is what else is distributed: configurations of transformers 4
-and 5 with keys that are missing, renamed or not implemented, weights in shards with an index,
-pytorch_model.bin, and adapters, whose base is elsewhere (extra/adapters.py).
+and 5 with keys that are missing, renamed or not implemented. Weights in shards or in torch's format
+are in extra/weights.py, adapters, whose base is elsewhere, in extra/adapters.py.
 """
 
 import json
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import data
 from extra.chat import CHATS, PLAIN_TEMPLATE, end_of_turn
-from model import CheckpointError, ModelConfig, read_safetensors
+from extra.reading import parse_json, read_bytes, short
+from model import CheckpointError, ModelConfig
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is a tokenizer
 TOKENIZER_FILES = {  # that may lie beside the weights, and go where they go
@@ -52,20 +52,25 @@ IMPLEMENTED = {
     "quantization_config": (None,),
 }
 REQUIRED = [field.name for field in fields(ModelConfig) if field.default is MISSING]
-WHOLE = {*REQUIRED, "max_position_embeddings", "sliding_window"}
+# Whole numbers, and up to what they are believed: far beyond any model that there is.
+WHOLE = dict.fromkeys([*REQUIRED, "max_position_embeddings", "sliding_window"], 2**31)
+WHOLE |= {"vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22}
+WHOLE |= {"num_hidden_layers": 2**10, "num_attention_heads": 2**14, "num_key_value_heads": 2**14}
+WHOLE |= {"head_dim": 2**14}
 # Of Llama 3's scaling of the rotary frequencies, all of which must be given.
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE = ("rope_type", "rope_theta", "partial_rotary_factor", *SCALING)  # of rope_parameters
 HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what may be a name on the Hugging Face hub
 
 
 def read_json(path: Path) -> dict:
     """A JSON object. Raises CheckpointError naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path))
     except OSError as error:
         hint = "not found; a checkpoint directory has one" if not path.exists() else error.strerror
         raise CheckpointError(f"{path}: {hint}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -83,20 +88,26 @@ def places_of(directory: str | Path) -> list[Path]:
 
     Raises CheckpointError where a base is not there.
     """
+    if "\0" in str(directory):
+        raise CheckpointError(f"{short(str(directory))}: no path holds a NUL character")
     places = [Path(directory)]
     while is_adapter(places[-1]):
         path = places[-1] / "adapter_config.json"
         name = read_json(path).get("base_model_name_or_path")
         if not name or not isinstance(name, str):
             raise CheckpointError(f"{path}: base_model_name_or_path is missing")
+        if len(name) > 1000 or "\0" in name:
+            raise CheckpointError(f"{path}: base_model_name_or_path {short(name)} is no path")
         found = [place for place in (places[-1] / name, Path(name)) if place.is_dir()]
         if not found:
             mend = "write there where its base is"
             if HUB.fullmatch(name):
                 mend = f"`hf download {name} --local-dir DIR`, then write DIR there"
-            raise CheckpointError(f"{path}: base_model_name_or_path {name!r} is not here: {mend}")
+            raise CheckpointError(
+                f"{path}: base_model_name_or_path {short(name)} is not here: {mend}"
+            )
         if found[0].resolve() in [place.resolve() for place in places]:
-            raise CheckpointError(f"{path}: base_model_name_or_path {name!r} leads back to it")
+            raise CheckpointError(f"{path}: base_model_name_or_path {short(name)} leads back to it")
         places.append(found[0])
     return places
 
@@ -174,18 +185,31 @@ def translate(path: Path) -> ModelConfig:
     rope = ropes[0] or ropes[1]
     if any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"{path}: rope_parameters of each kind of layer: not implemented")
-    given |= {"rope_type": rope.get("type")} | rope  # the kind's name now, and before
+    if "factor" in rope and not (rope.get("rope_type") or rope.get("type")):
+        raise CheckpointError(f"{path}: rope_type is missing, though a factor is given")
+    given["rope_type"] = rope.get("type")  # the kind's name before, and now
+    given |= {key: rope[key] for key in ROPE if key in rope}
     if isinstance(layers := given.get("layer_types"), list):
         given["layer_types"] = [layer for layer in layers if layer != "full_attention"]
     for key, allowed in IMPLEMENTED.items():
         if given.get(key) not in allowed:
-            raise CheckpointError(f"{path}: {key} {given.get(key)!r} is not implemented here")
+            raise CheckpointError(f"{path}: {key} {short(given.get(key))} is not implemented here")
+    for key in ("tie_word_embeddings", "use_sliding_window"):
+        if given.get(key) not in (True, False, None):
+            raise CheckpointError(f"{path}: {key} {short(given[key])} is neither true nor false")
 
     given["eos_token_id"] = ends(path, given.get("eos_token_id"))
+    first = given.get("bos_token_id")
+    if first is not None and not (type(first) is int and 0 <= first < WHOLE["vocab_size"]):
+        raise CheckpointError(f"{path}: bos_token_id {short(first)} is not an id")
     shape = {f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None}
-    for name in shape.keys() & WHOLE:
+    for name in sorted(shape.keys() & WHOLE):
         if type(shape[name]) is not int or shape[name] < 1:
-            raise CheckpointError(f"{path}: {name} {shape[name]!r} is not a positive whole number")
+            what = f"{name} {short(shape[name])} is not a positive whole number"
+            raise CheckpointError(f"{path}: {what}")
+        if shape[name] > WHOLE[name]:
+            what = f"{name} {short(shape[name])} is larger than {WHOLE[name]:,}"
+            raise CheckpointError(f"{path}: {what}, which no model is")
     shape.setdefault("num_key_value_heads", shape.get("num_attention_heads"))
     shape.setdefault("head_dim", shape.get("hidden_size", 0) // shape.get("num_attention_heads", 1))
     positive = {name: shape[name] for name in ("rms_norm_eps", "rope_theta") if name in shape}
@@ -199,7 +223,13 @@ def translate(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {missing[0]} is missing")
     for key, value in positive.items():
         if type(value) not in (int, float) or not value > 0:
-            raise CheckpointError(f"{path}: {key} {value!r} is not a positive number")
+            raise CheckpointError(f"{path}: {key} {short(value)} is not a positive number")
+        if not 1e-30 <= value <= 1e30:  # float32 has no room for what is made of it
+            raise CheckpointError(f"{path}: {key} {short(value)} is not from 1e-30 to 1e30")
+    if given["rope_type"] == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise CheckpointError(f"{path}: low_freq_factor must be less than high_freq_factor")
+    if given.get("head_dim") is None and shape["hidden_size"] % shape["num_attention_heads"]:
+        raise CheckpointError(f"{path}: hidden_size must divide by num_attention_heads")
     if shape["num_attention_heads"] % shape["num_key_value_heads"] or shape["head_dim"] % 2:
         raise CheckpointError(f"{path}: heads must divide by key-value heads, head_dim by two")
     if kind != "mistral":
@@ -215,11 +245,12 @@ def ends(path: Path, own: int | list | None) -> int | list | None:
     """The ids that end a text: those of config.json, and what generation_config.json adds to them
     (Llama 3's has three). Raises CheckpointError."""
     beside, found = path.parent / "generation_config.json", {}
-    more = read_json(beside).get("eos_token_id") if beside.is_file() else None
+    more = read_json(beside).get("eos_token_id") if beside.exists() else None
     for file, value in ((path, own), (beside, more)):
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(i) is int for i in ids):
-            raise CheckpointError(f"{file}: eos_token_id {value!r} is neither an id nor several")
+        if not all(type(i) is int and 0 <= i < WHOLE["vocab_size"] for i in ids):
+            what = f"eos_token_id {short(value)} is neither an id nor several"
+            raise CheckpointError(f"{file}: {what}")
         found |= dict.fromkeys(ids)
     return own if len(found) < 2 and own is not None else [*found] or None
 
@@ -233,54 +264,19 @@ def slowed_down(frequency: Tensor, scaling: dict) -> Tensor:
     return frequency * (kept + (1 - kept) / scaling["factor"])
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Those with weights: safetensors before .bin, those that an index names before the only one.
-
-    Raises CheckpointError if there are none.
-    """
-    formats = "model.safetensors", "pytorch_model.bin"
-    for name in formats:
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            where = read_json(index).get("weight_map") or {}
-            if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
-                raise CheckpointError(f"{index}: weight_map must name a file for each weight")
-            if where:
-                return [directory / file for file in sorted(set(where.values()))]
-        if (directory / name).is_file():
-            return [directory / name]
-    raise CheckpointError(f"{directory}: no {' or '.join(formats)} in it")
+@torch.no_grad()
+def first_not_finite(model) -> str:
+    """The first parameter with a NaN or an infinity in it, by its name; "" if there is none. Of a
+    sharded model it is what this rank has of it that counts."""
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.to_local() if hasattr(parameter, "placements") else parameter):
+            return name
+    return ""
 
 
-def read_bin(path: Path) -> dict[str, Tensor]:
-    """A file of torch.save, mapped; code that it may hold is not run."""
-    return dict(torch.load(path, "cpu", weights_only=True, mmap=True))
-
-
-def read_files(directory: Path) -> dict[str, Tensor]:
-    """The weights of all files by the names there, in their precision; mapped, not read.
-
-    Raises CheckpointError naming a file that is missing or cannot be read.
-    """
-    if is_adapter(directory):
-        from extra.adapters import read_merged
-
-        return read_merged(directory)
-    weights = {}
-    for file in weight_files(directory):
-        try:
-            found = (read_safetensors if file.suffix == ".safetensors" else read_bin)(file)
-            if not all(isinstance(weight, Tensor) for weight in found.values()):
-                raise ValueError("not all of it is weights")
-            if not found:
-                raise ValueError("no weights in it")
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: cannot be read (there is no such file)") from None
-        except Exception as error:  # each format has its own exceptions
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{file}: cannot be read ({reason})") from None
-        weights |= found
-    return weights
+def is_finite(x: torch.Tensor) -> bool:
+    """In one pass without a copy, unless the sum overflows or there is something to find."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def complete(directory: Path, tokenizer, run):

@@ -75,7 +75,7 @@ def hold(out: Path):
     key = str(out.resolve())
     if key in HELD:
         return HELD[key]
-    file = open(out / "lock", "a", encoding="utf-8")  # noqa: SIM115
+    file = open(out / "lock", "a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,9 +15,10 @@ import re
 from pathlib import Path
 
 import data
+from extra.reading import parse_json, read_bytes, short
 
-# What reading files of other shapes than they should have ends in.
-INVALID = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError)
+LARGEST = 2**29  # bytes of a tokenizer; the largest have some 40 MB
+IDS = range(2**24)  # of tokens, far beyond any vocabulary that there is
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -34,6 +35,56 @@ def pattern_of(tokens: dict[str, str]) -> re.Pattern:
     return re.compile(f"({'|'.join(choices)})" if choices else "((?!))")
 
 
+def is_id(value) -> bool:
+    return type(value) is int and value in IDS
+
+
+def is_token(value) -> bool:
+    """As files name a token: its text, or an object with its content; "" and null for none."""
+    return value is None or isinstance(
+        value.get("content") if isinstance(value, dict) else value, str
+    )
+
+
+def is_ids(value) -> bool:
+    return value is None or all(map(is_id, value if isinstance(value, list) else [value]))
+
+
+def is_template(value) -> bool:
+    """One, or several by their names."""
+    texts = lambda t: (
+        isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("name", "template"))
+    )
+    return (
+        value is None
+        or isinstance(value, str)
+        or (isinstance(value, list) and all(map(texts, value)))
+    )
+
+
+def is_decoder(value) -> bool:
+    """Added tokens by their ids, which are texts there."""
+    if not isinstance(value, dict):
+        return False
+    for i, token in value.items():
+        if not (i.isascii() and i.isdecimal() and len(i) < 10 and int(i) in IDS):
+            return False
+        if not isinstance(token, dict) or token.get("special") not in (True, False, None):
+            return False
+        if not isinstance(token.get("content"), str) or not token["content"]:
+            return False
+    return True
+
+
+FIELDS = dict.fromkeys(NAMED, (is_token, "is no token"))
+FIELDS |= dict.fromkeys(("bos_token_id", "eos_token_id"), (is_ids, "is neither an id nor several"))
+FIELDS |= {
+    "chat_template": (is_template, "is neither a template nor several with their names"),
+    "added_tokens_decoder": (is_decoder, "must have a token with its content for each id"),
+    "legacy": (lambda value: value in (True, False, None), "is neither true nor false"),
+}
+
+
 class Described(data.Tokenizer):
     """What other files say of a tokenizer.
 
@@ -44,34 +95,52 @@ class Described(data.Tokenizer):
 
     def read_beside(self):
         """Read the files beside. Raises DataError."""
-        try:
-            config = json.loads(self.beside("tokenizer_config.json") or "{}")
-            special = json.loads(self.beside("special_tokens_map.json") or "{}")
-            # As transformers has it: of two names, older checkpoints' is in the other file.
-            is_new = "added_tokens_decoder" in config
-            special = special | config if is_new else config | special
-            self.names = {}
-            for name in NAMED:
-                token = special.get(name)
-                if token not in (None, ""):
-                    self.names[name] = token["content"] if isinstance(token, dict) else token
-            template = self.beside("chat_template.jinja") or config.get("chat_template")
-            if isinstance(template, list):  # several, by name
-                template = {t["name"]: t["template"] for t in template}.get("default")
-            self.template = template
-            stops = json.loads(self.beside("generation_config.json") or "{}").get("eos_token_id")
-            stops = [] if stops is None else stops
-            self.stops = list(stops) if isinstance(stops, list) else [stops]
-            self.find_tokens(config)
-        except INVALID as error:
-            what = f"{self.path.parent}: its tokenizer files are not valid"
-            raise data.DataError(f"{what} ({' '.join(str(error).split())[:200]})") from None
+        config = self.fields_beside("tokenizer_config.json")
+        special = self.fields_beside("special_tokens_map.json")
+        # As transformers has it: of two names, older checkpoints' is in the other file.
+        is_new = "added_tokens_decoder" in config
+        special = special | config if is_new else config | special
+        self.names = {}
+        for name in NAMED:
+            token = special.get(name)
+            if token not in (None, ""):
+                self.names[name] = token["content"] if isinstance(token, dict) else token
+        template = self.beside("chat_template.jinja") or config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        self.template = template
+        stops = self.fields_beside("generation_config.json").get("eos_token_id")
+        stops = [] if stops is None else stops
+        self.stops = list(stops) if isinstance(stops, list) else [stops]
+        self.find_tokens(config)
         self.control_ids = set(self.control.values())
 
     def beside(self, name: str) -> str:
-        """What is in a file beside; "" if there is none."""
+        """What is in a file beside; "" if there is none. Raises DataError."""
         file = self.path.with_name(name)
-        return file.read_text(encoding="utf-8") if file.is_file() else ""
+        try:
+            return read_bytes(file).decode("utf-8") if file.exists() else ""
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise data.DataError(f"{file}: cannot be read ({reason})") from None
+
+    def fields_beside(self, name: str) -> dict:
+        """What a JSON object in a file beside says; {} if there is none. Raises DataError, also for
+        a field that is not what it must be."""
+        file, content = self.path.with_name(name), {}
+        if file.exists():
+            try:
+                content = parse_json(self.beside(name).encode())
+            except data.DataError:
+                raise
+            except ValueError as error:
+                raise data.DataError(f"{file}: not valid JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise data.DataError(f"{file}: not a JSON object")
+        for key, (is_right, what) in FIELDS.items():
+            if key in content and not is_right(content[key]):
+                raise data.DataError(f"{file}: not valid ({key} {short(content[key])} {what})")
+        return content
 
     def encode(self, text: str | list[str], continuation: bool = False):
         """Ids of a text (or of each of a list), without BOS and EOS."""
@@ -92,8 +161,18 @@ class ModelTokenizer(Described):
 
     def __init__(self, path: str | Path):
         """Read a tokenizer.model, or the one in a directory. Raises DataError."""
-        super().__init__(path)
-        self.pieces = {self.start.id_to_piece(i): i for i in range(self.vocab_size)}
+        path = Path(path)
+        path = path / "tokenizer.model" if path.is_dir() else path
+        try:
+            if not read_bytes(path, LARGEST):
+                raise data.DataError(f"{path}: not a SentencePiece model (it is empty)")
+        except OSError as error:
+            raise data.DataError(f"{path}: cannot be read ({error.strerror})") from None
+        try:
+            super().__init__(path)
+            self.pieces = {self.start.id_to_piece(i): i for i in range(self.vocab_size)}
+        except UnicodeDecodeError as error:
+            raise data.DataError(f"{path}: not a SentencePiece model ({error})") from None
         self.read_beside()
         self.spelt = {}  # user-defined pieces that are control tokens: found in any text
         for piece, i in self.pieces.items():
@@ -111,7 +190,12 @@ class ModelTokenizer(Described):
         for piece, i in self.pieces.items():
             if self.start.is_control(i) or re.fullmatch(r"<\|.+\|>", piece):
                 self.control[piece] = i
-        self.control |= json.loads(self.beside("added_tokens.json") or "{}")
+        added = self.fields_beside("added_tokens.json")
+        for name, i in added.items():
+            if not name or not is_id(i):
+                file = self.path.with_name("added_tokens.json")
+                raise data.DataError(f"{file}: not valid ({short(name)} has the id {short(i)})")
+        self.control |= added
         for i, token in config.get("added_tokens_decoder", {}).items():
             name = token["content"]
             self.control[name] = int(i)
@@ -186,21 +270,18 @@ class JsonTokenizer(Described):
             what = f"{self.path}: is read by a package that is missing: pip install tokenizers"
             raise data.DataError(what) from None
         try:
-            self.proto = self.path.read_bytes()
-            spec = json.loads(tokenizers.Tokenizer.from_buffer(self.proto).to_str())
+            self.proto = read_bytes(self.path, LARGEST)
+            given = parse_json(self.proto)
+            check_vocabulary(given)
+            self.at = self.open_at(tokenizers.Tokenizer)
         except OSError as error:
             raise data.DataError(f"{self.path}: cannot be read ({error.strerror})") from None
-        except Exception as error:  # the package has no others
+        except BaseException as error:  # the package has its own Exception, and panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             why = " ".join(str(error).split())[:200]
             raise data.DataError(f"{self.path}: not a tokenizer.json ({why})") from None
-        spec |= {"truncation": None, "padding": None}
-        self.at, made = {}, []
-        for place in ("first", "after", "inside"):
-            variant = without_space(spec, place)
-            same = [t for v, t in made if v == variant]  # most put no space anywhere
-            self.at[place] = same[0] if same else tokenizers.Tokenizer.from_str(json.dumps(variant))
-            self.at[place].encode_special_tokens = True  # as text: user text yields none
-            made.append((variant, self.at[place]))
+        self.check_ids(given.get("added_tokens") or ())
         self.vocab_size = 1 + max(self.at["first"].get_vocab().values())
         self.read_beside()
         self.spelt = {}
@@ -208,10 +289,35 @@ class JsonTokenizer(Described):
             encode = lambda text: self.at["inside"].encode(text, add_special_tokens=False).ids
             self.spelt[i] = encode(name[:1]) + encode(name[1:])
 
+    def open_at(self, kind) -> dict:
+        """The package's tokenizer for texts of each place. Raises what the package does."""
+        spec = json.loads(kind.from_buffer(self.proto).to_str())
+        spec |= {"truncation": None, "padding": None}
+        opened, made = {}, []
+        for place in ("first", "after", "inside"):
+            variant = without_space(spec, place)
+            same = [t for v, t in made if v == variant]  # most put no space anywhere
+            opened[place] = same[0] if same else kind.from_str(json.dumps(variant))
+            opened[place].encode_special_tokens = True  # as text: user text yields none
+            opened[place].encode("\ue000")  # which none knows, and each must say so in some way
+            made.append((variant, opened[place]))
+        return opened
+
+    def check_ids(self, added: list[dict]):
+        """Are there tokens, with the ids that the file says? Raises DataError."""
+        ids = self.at["first"].get_vocab()
+        if not ids:
+            raise data.DataError(f"{self.path}: not a tokenizer.json (it has no tokens)")
+        for token in added:
+            name, i = token["content"], token["id"]
+            if ids.get(name) != i:
+                what = f"added_tokens: {short(name)} has the id {i}, but would be {ids.get(name)}"
+                raise data.DataError(f"{self.path}: {what}: no id may be left out")
+
     def find_tokens(self, config: dict):
         """Control tokens, BOS and EOS. What a text begins with, the post-processor says."""
         whole, patterns = self.at["first"], {}
-        beside = json.loads(self.beside("config.json") or "{}")
+        beside = self.fields_beside("config.json")
         for name in ("bos_token", "eos_token"):  # not named: then the model's config has its id
             ids = beside.get(f"{name}_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -228,7 +334,7 @@ class JsonTokenizer(Described):
         self.eos_id = whole.token_to_id(self.names.get("eos_token", ""))
         if self.eos_id is None:
             what = "tokenizer_config.json names no eos_token that tokenizer.json has"
-            raise ValueError(f"{what}, nor config.json its id")
+            raise data.DataError(f"{self.path.parent}: {what}, nor config.json its id")
         plain, processed = (whole.encode("a", add_special_tokens=x).ids for x in (False, True))
         starts = (n for n in range(len(processed)) if processed[n:][: len(plain)] == plain)
         self.opening = processed[: next(starts, 0)]
@@ -243,6 +349,15 @@ class JsonTokenizer(Described):
         known = [i for i in ids if i < self.vocab_size and i not in self.control_ids]
         place = "inside" if continuation else "first"
         return self.at[place].decode(known, skip_special_tokens=False)
+
+
+def check_vocabulary(given):
+    """Raises ValueError for ids up to which the package would count for minutes."""
+    model = given.get("model") if isinstance(given, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for name, i in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if not is_id(i):
+            raise ValueError(f"{short(name)} has the id {short(i)}")
 
 
 # Where a tokenizer.json puts or takes spaces, and what it calls the steps of a sequence there.

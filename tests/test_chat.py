@@ -299,7 +299,7 @@ def test_templates_that_cannot_be_used_are_one_sentence(tokenizer, tmp_path):
         assert str(error.value).startswith("x.jsonl:3: ") and "\n" not in str(error.value)
     for i, config in enumerate(('{"chat_template": "{% if %}"}', "[1]", "{", '{"bos_token": {}}')):
         files = {"tokenizer_config.json": config}
-        with pytest.raises(data.DataError, match=f"c{i}: its (tokenizer|chat t)") as error:
+        with pytest.raises(data.DataError, match=rf"c{i}\S*: ") as error:
             prompt_ids(ASKED, with_files(tokenizer, tmp_path / f"c{i}", {}, files))
         assert "\n" not in str(error.value)
 
