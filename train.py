@@ -41,8 +41,8 @@ class Settings:
     init_from: str = ""  # checkpoint directory to start from (none: a new model)
     tokenizer: str = ""  # tokenizer.model or .json of a new model (none: trained on the data)
     out_dir: str = "out/reviews"  # directory of the run
-    resume: bool = False  # continue the run in out_dir from its last saved state, by its settings
-    loss: str = "dpo"  # or one of extra/objectives.py; its own options are flags, as --gamma=0.5
+    resume: bool = False  # go on with the run in out_dir from its last state, by its settings
+    loss: str = "dpo"  # or one of extra/objectives.py, whose options are flags: --gamma=0.5
     beta: float = 0.1  # strength of the KL to the reference; some losses have another default
     sft_weight: float = 0.0  # of an added SFT term, the chosen response's NLL per token
     optimizer: str = "adamw"  # adamw, or rmsprop as in the paper
@@ -74,9 +74,9 @@ class Settings:
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     log_every: int = 25  # steps
     eval_every: int = 0  # steps; 0: before and after each stage only
-    save_every: int = 0  # steps between states that --resume can continue from; 0: none
+    save_every: int = 0  # steps between states that --resume goes on from; 0: none
     wandb: str = "disabled"  # Weights & Biases: disabled, offline or online
-    options: dict = dataclasses.field(default_factory=dict)  # of the loss, by its own signature
+    options: dict = dataclasses.field(default_factory=dict)  # of the loss
 
 
 def parse_settings(arguments: list[str]) -> Settings:
@@ -173,7 +173,7 @@ class Run:
         return found[0]
 
     def total(self, sums: dict) -> dict[str, torch.Tensor]:
-        """The sums over the ranks, in one all_reduce, in float64. (all ranks)"""
+        """The sums over the ranks, in one all_reduce in float64. (all ranks)"""
         values = torch.stack([torch.as_tensor(x).to(self.device).double() for x in sums.values()])
         if self.world > 1:
             dist.all_reduce(values)
@@ -237,8 +237,8 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
 
 
 def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> llm.Transformer:
-    """The checkpoint in `directory`, or a new model, on its device and sharded. (all ranks) Built
-    without memory and sharded first, then filled weight by weight: each rank reads its rows."""
+    """The checkpoint in `directory`, or a new model, on its device and sharded: first without
+    memory, then filled weight by weight, of which each rank reads its rows. (all ranks)"""
     s = run.settings
     with torch.device("meta"):
         model = llm.Transformer(new or llm.load_config(directory))
@@ -271,7 +271,7 @@ def save_model(model, tokenizer, directory: Path, run: Run):
 
 def micro_batches(dataset, examples, run: Run, factor: int = 1) -> Iterator[data.Batch]:
     """This rank's micro-batches of the examples (None: of all), as many as each rank has. On CUDA
-    each is made and copied, from pinned memory, while the GPU still works on the last one."""
+    each is made and copied while the GPU still works on the last one."""
     examples = np.arange(len(dataset)) if examples is None else examples
     inputs = dataset.lengths, examples, factor * run.settings.micro_batch_tokens, run.world
     for part in run.watch(data.pack(*inputs)[run.rank]):
@@ -294,9 +294,8 @@ def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dat
 
 
 def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: float, run: Run):
-    """Train to the end of a stage, from its start or from where a saved state left it. (all ranks)
-    SFT and DPO differ in their data and in `loss_of(log-probs, batch)`, which gives a micro-batch's
-    summed loss, and the sums for the metrics."""
+    """Train to the end of a stage, from its start or a state. (all ranks) SFT and DPO differ in
+    their data and in `loss_of(log-probs, batch)`: summed loss, and sums for the metrics."""
     s = run.settings
     optimizer = dpo.make_optimizer(model, s.optimizer, s.weight_decay)
     per_epoch = math.ceil(len(train) / s.batch_size)

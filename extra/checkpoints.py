@@ -255,7 +255,7 @@ def ends(path: Path, own: int | list | None) -> int | list | None:
     return own if len(found) < 2 and own is not None else [*found] or None
 
 
-def slowed_down(frequency: Tensor, scaling: dict) -> Tensor:
+def slowed_down(frequency: torch.Tensor, scaling: dict) -> torch.Tensor:
     """The frequencies of rotary, (D/2,) in radians per token, for contexts longer than the model's
     original one: as in Llama 3 slow dimensions are slowed down by `factor`."""
     turns = frequency / (2 * math.pi) * scaling["original_max_position_embeddings"]

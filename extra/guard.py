@@ -150,7 +150,7 @@ def saved_if_stopped(run):
             print(f"train.py: stopped by {stopped} at {where}: {how}", file=sys.stderr)
         sys.exit(128 + signal.Signals[str(stopped)])
     except (MemoryError, RuntimeError) as error:
-        reason = short(error) or "memory"
+        reason = one_line(error) or "memory"
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
             mend = "lower --micro_batch_tokens, or use more GPUs"
             raise DataError(f"out of memory: {mend} ({reason})") from None
@@ -211,7 +211,7 @@ def say_if_unmoved(metrics: Path):
         print(f"{rows[0]['stage']}: the loss has not moved from {losses[0]:.6g}: {why}", flush=True)
 
 
-def short(what, most: int = 200) -> str:
+def one_line(what, most: int = 200) -> str:
     """As one line of a message."""
     text = " ".join(str(what).split())
     return text if len(text) <= most else f"{text[:most]}…"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data import DataError
-from extra.checkpoints import places_of
+from extra.checkpoints import first_not_finite, places_of
 
 MICRO_BATCHES = 64  # of each rank, between two looks at the time
 SECONDS = 60  # between two writes of a pass that lasts
@@ -58,16 +58,17 @@ def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torc
         if path:
             run.alone(write, path, values)
     values = torch.from_numpy(values)
-    check(values, compute, dataset, checkpoint, run)
+    check(values, compute, dataset, model, checkpoint, run)
     return values
 
 
-def check(values: torch.Tensor, compute: Callable, dataset, checkpoint: str | Path, run):
+def check(values, compute: Callable, dataset, model, checkpoint: str | Path, run):
     """Raise DataError if they are not the policy's: it is still the reference, and in the
     micro-batches of training, too, both must agree."""
     if not values.isfinite().all():
-        where = checkpoint or "the new model"
-        raise DataError(f"{where}: log-probs by these weights are not finite")
+        weight = first_not_finite(model)
+        what = f"weight {weight} is not" if weight else "log-probs of responses are not"
+        raise DataError(f"{checkpoint or 'the new model'}: {what} finite")
     again = compute(np.arange(min(len(dataset), run.settings.batch_size)), 1)
     worst, tolerance = (again - values)[again != 0].abs().max().item(), 0.5 if run.bf16 else 0.01
     run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")

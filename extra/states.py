@@ -22,7 +22,7 @@ import torch
 
 import model as llm
 from data import DataError
-from extra.guard import sha256, short
+from extra.guard import one_line, sha256
 
 PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -120,7 +120,7 @@ def newest(out: Path, whole: bool) -> dict:
             return read(place, whole)
         except UNREADABLE as error:
             if whole:
-                print(f"{place} is passed over: it is damaged ({short(error)})", flush=True)
+                print(f"{place} is passed over: it is damaged ({one_line(error)})", flush=True)
     if places and whole:
         what = f"{out / 'resume'}: none of the states there is whole"
         raise DataError(f"{what}: without --resume the run starts from the beginning")
