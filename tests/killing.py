@@ -299,7 +299,10 @@ class Result(NamedTuple):
 
     @property
     def sentences(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.strip()]
+        """The lines on stderr, without Python's warnings, which are two lines each."""
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        warnings = [n for n, line in enumerate(lines) if re.search(r"^\S+:\d+: \w*Warning: ", line)]
+        return [line for n, line in enumerate(lines) if not {n, n - 1} & {*warnings}]
 
 
 WORDS = "good bad fine poor nice dull".split()
@@ -401,34 +404,247 @@ class Toy:
         return sorted(names, key=lambda name: (name < "sft", int(name.rpartition("-")[2])))
 
 
-OUTCOMES = ("exact", "began anew", "sentence", "traceback", "blocked", "differs", "metrics", "hung")
+# What becomes of an interrupted run.
+
+FINE = ("exact", "began anew")
 
 
 def outcome(result: Result, end: dict | None, whole: dict) -> str:
-    """One of OUTCOMES: what became of a run that was resumed."""
+    """What became of a run that was resumed: exact or began anew, and ended as `whole`; it ended
+    otherwise (differs, metrics differ), or did not (sentence, traceback, hung)."""
     if result.hung or "Timeout (" in result.err:
         return "hung"
-    if "Traceback" in result.err:
-        return "traceback"
+    one = result.status == 2 and len(result.sentences) == 1
     if result.status:
-        return "sentence" if result.status == 2 and len(result.sentences) == 1 else "traceback"
-    if end != whole:
-        others = {k: v for k, v in end.items() if k != "metrics"}
-        return "differs" if others != {k: v for k, v in whole.items() if k != "metrics"} else "metrics"
+        return "sentence" if one and "Traceback" not in result.err else "traceback"
+    for name in {*end, *whole} - {"metrics"}:
+        if end.get(name) != whole.get(name):
+            return "differs"
+    if end["metrics"] != whole["metrics"]:
+        return "metrics differ"
     return "began anew" if "from the beginning" in result.out + result.err else "exact"
 
 
-def resumed(toy: Toy, whole: dict, *flags, **options) -> tuple[str, Result]:
-    """What becomes of the run in out/ when it is resumed. A resume that fails is tried twice: what
-    fails again is blocked."""
+def resume(toy: Toy, whole: dict, *flags, **options) -> tuple[str, Result]:
+    """Resume the run in out/; the outcome, and what was said. What failed is tried again: where it
+    fails again the directory is blocked."""
     result = toy.run("--resume", *flags, **options)
-    end = toy.end() if result.status == 0 else None
-    found = outcome(result, end, whole)
-    if found in ("traceback", "sentence") and toy.run("--resume", *flags).status:
-        found = f"{found}, blocked"
+    found = outcome(result, toy.end() if result.status == 0 else None, whole)
+    if result.status and toy.run("--resume", *flags).status:
+        found += ", blocked"
     return found, result
+
+
+def newest_complete(trace: list[str]) -> str:
+    """The newest state that is whole after these operations, "" if none."""
+    found = ""
+    for line in trace:
+        if match := re.match(r"re(?:name|place) resume/\S+ resume/((?:sft|dpo|done)-\d+)$", line):
+            found = match[1]
+        elif match := re.match(r"replace resume/(\S+)/point.json resume/point.json", line):
+            found = match[1]  # as states once were written
+    return found
+
+
+def begun_from(result: Result) -> str:
+    """The state that a resumed run says it begins from, "" for none."""
+    lines = re.findall(r"^(sft|dpo): .* steps (\d+) to ", result.out, re.MULTILINE)
+    if not lines or lines[0] == ("sft", "0"):
+        return ""
+    return "-".join(lines[0])
+
+
+class Case(NamedTuple):
+    where: str  # the operation, or the moment
+    found: str  # the outcome
+    said: list[str]  # on stderr, by the resumed run
+
+
+def kill(toy: Toy, whole: dict, at: int, *flags, start: Path | None = None, first: tuple = (),
+         again: int | None = None) -> Case | None:  # fmt: skip
+    """Kill a run at an operation, and resume it. None where it has no such operation.
+
+    start: what lies in out/ before. first: flags of the killed run alone. again: the operation
+    that the resumed run is killed at, before it is resumed for good.
+    """
+    toy.put_back(start)
+    result = toy.run(*first, *flags, at=at)
+    if result.status != -signal.SIGKILL:
+        assert result.status == 0, result.err
+        return None
+    where, newest = result.trace[-1], newest_complete(result.trace[:-1])
+    if again is not None:
+        result = toy.run("--resume", *flags, at=again)
+        newest = newest_complete(result.trace[:-1]) or newest
+        where += f" and {result.trace[-1]}" if result.status else " and not again"
+    found, result = resume(toy, whole, *flags)
+    if found == "exact" and newest and newest[:4] != "done":
+        found = "exact" if begun_from(result) == newest else f"exact, but not from {newest}"
+    if found in FINE and len(result.sentences) > 1:
+        found += ", many sentences"
+    return Case(where, found, result.sentences)
+
+
+def distinct(trace: list[str]) -> list[int]:
+    """The operations; of writes to one file that follow each other (torch.save writes a tensor in
+    dozens of parts) the first, before it and half done, and the last, half done."""
+    chosen, begin = [], 0
+    writes = lambda line: line.startswith(("write ", "half "))
+    path = lambda line: line.partition(" ")[2]
+    for n, line in enumerate(trace, 1):
+        if not writes(line):
+            chosen.append(n)
+            continue
+        if n == 1 or not writes(trace[n - 2]) or path(trace[n - 2]) != path(line):
+            begin = n
+        last = n == len(trace) or not writes(trace[n]) or path(trace[n]) != path(line)
+        if last or n <= begin + 1:
+            chosen.append(n)
+    return chosen
+
+
+# The long form.
+
+SEED = 0
+LORA, CHECKPOINTING = ["--lora_rank=2"], ["--activation_checkpointing"]
+
+
+class Parts:
+    """The parts of the long form: each yields Cases, on a toy of its own."""
+
+    def __init__(self, place: Path):
+        self.toy, self.random = Toy(place), random.Random(SEED)
+
+    def traced(self, start: Path | None = None, *flags) -> list[str]:
+        """The operations of a run to its end."""
+        self.toy.put_back(start)
+        result = self.toy.run(*flags, at=NEVER)
+        assert result.status == 0, result.err
+        return result.trace
+
+    def stopped(self, state: str) -> Path:
+        """A copy of what a run leaves that is killed once it is past that state."""
+        operations = self.traced()
+        at = next(n for n, _ in enumerate(operations) if newest_complete(operations[:n]) == state)
+        self.toy.clear()
+        assert self.toy.run(at=at + 20).status == -signal.SIGKILL
+        return self.toy.keep("stopped")
+
+    def every_operation_of_a_run(self):
+        whole = self.toy.whole()
+        for at in range(1, len(self.traced()) + 1):
+            yield kill(self.toy, whole, at)
+
+    def every_operation_of_a_resumed_run(self):
+        whole = self.toy.whole()
+        for state in ("sft-2", "dpo-1"):
+            start = self.stopped(state)
+            for at in distinct(self.traced(start, "--resume")):
+                yield kill(self.toy, whole, at, start=start, first=("--resume",))
+
+    def every_operation_where_another_run_finished(self):
+        """The new run's command is without --resume, and its settings are others."""
+        whole = self.toy.whole()
+        self.toy.whole("--beta=0.5", "--sft_learning_rate=2e-3")
+        start = self.toy.keep("finished")
+        for at in distinct(self.traced(start)):
+            yield kill(self.toy, whole, at, start=start)
+
+    def every_operation_where_another_run_was_stopped(self):
+        """It left a state; the new run, with other settings, dies before it has one."""
+        whole = self.toy.whole()
+        other = "--beta=0.5", "--sft_learning_rate=2e-3"
+        self.toy.clear()
+        at = len(self.traced(None, *other)) * 3 // 4
+        self.toy.clear()
+        self.toy.run(*other, at=at)
+        start = self.toy.keep("other")
+        for at in distinct(self.traced(start)):
+            yield kill(self.toy, whole, at, start=start)
+
+    def two_kills(self):
+        whole = self.toy.whole()
+        count = len(self.traced())
+        for _ in range(100):
+            first, second = self.random.randint(1, count), self.random.randint(1, count)
+            yield kill(self.toy, whole, first, again=second)
+
+    def random_moments(self, count: int = 50, flags: tuple = (), without: str = ""):
+        """Killed from outside, again and again until the run is done, then compared. without:
+        files that are removed before each resume."""
+        whole, toy = self.toy.whole(*flags), self.toy
+        seconds = toy.run(*flags).seconds[0]
+        killed = 0
+        while killed < count:
+            toy.clear()
+            moments, resuming = [], ()
+            result = toy.run(*flags, delay=self.random.uniform(0, seconds))
+            while result.status == -signal.SIGKILL and len(moments) < 4:
+                moments.append(f"{result.seconds[0]:.3f} s")
+                for path in toy.out.rglob(without) if without else ():
+                    path.unlink()
+                resuming = ("--resume", *flags)
+                result = toy.run(*resuming, delay=self.random.uniform(0, 2 * seconds))
+            killed += len(moments)
+            found = ""
+            if result.status not in (0, -signal.SIGKILL):
+                found = outcome(result, None, whole)
+            else:
+                found, result = resume(toy, whole, *flags)
+            yield Case(", ".join(moments) or "not killed", found, result.sentences)
+
+    def random_moments_with_adapters(self):
+        yield from self.random_moments(20, LORA)
+
+    def random_moments_with_activation_checkpointing(self):
+        yield from self.random_moments(20, CHECKPOINTING)
+
+    def random_moments_without_the_reference(self):
+        yield from self.random_moments(20, without="reference-*.npy")
+
+    def sigterm_at_every_operation(self):
+        """Status 143 and one sentence, or the run was at its end; then exact."""
+        whole = self.toy.whole()
+        for at in distinct(self.traced()):
+            self.toy.clear()
+            result = self.toy.run(at=at, number=signal.SIGTERM)
+            where = result.trace[at - 1]
+            said = result.status == 128 + signal.SIGTERM and len(result.sentences) == 1
+            found, again = resume(self.toy, whole)
+            if not said and result.status:
+                found = f"status {result.status}, {len(result.sentences)} sentences; {found}"
+            elif not said and at < 0.95 * len(result.trace):
+                found = f"not heard; {found}"
+            yield Case(where, found, result.sentences + again.sentences)
+
+
+def main(words: list[str]):
+    names = [n for n, f in vars(Parts).items() if callable(f) and n not in ("traced", "stopped")]
+    names = [n for n in names if not n.startswith("_") and all(word in n for word in words)]
+    wrong = 0
+    with tempfile.TemporaryDirectory() as directory:
+        parts = Parts(Path(directory))
+        for name in names:
+            since, found, where = time.monotonic(), Counter(), {}
+            for case in getattr(parts, name)():
+                found[case.found] += 1
+                if case.found not in FINE:
+                    path = re.sub(r"reference-.*?npy", "reference.npy", case.where)
+                    where.setdefault(case.found, Counter())[path] += 1
+            wrong += sum(count for outcome, count in found.items() if outcome not in FINE)
+            figures = ", ".join(f"{count} {outcome}" for outcome, count in found.most_common())
+            seconds = time.monotonic() - since
+            title = name.replace("_", " ")
+            print(f"{title}: {found.total()} cases, {seconds:.0f} s: {figures}", flush=True)
+            for outcome_, places in where.items():
+                for place, count in places.items():
+                    print(f"    {outcome_}: {place}" + (f" ({count} times)" if count > 1 else ""))
+        parts.toy.close()
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--serve"]:
         serve()
+    else:
+        main(sys.argv[1:])
