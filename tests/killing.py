@@ -14,7 +14,9 @@ a run's directory as it is: `--trace` compares with what strace sees.
 import argparse
 import builtins
 import contextlib
+import errno
 import faulthandler
+import fcntl
 import functools
 import hashlib
 import io
@@ -51,9 +53,10 @@ ON_DESCRIPTORS = ("fsync", "fdatasync", "ftruncate", "write", "pwrite")
 
 
 class Points:
-    """The operations on files below `root` of this process, from 1; at the n-th it gets a signal."""
+    """The operations on files below `root` of this process, from 1. At the n-th it gets a signal;
+    or, if that is None, the disk is full from there on."""
 
-    def __init__(self, root: Path, log: Path, at: int, number: int):
+    def __init__(self, root: Path, log: Path, at: int, number: int | None):
         self.root, self.at, self.number, self.count = str(root), at, number, 0
         self.log, self.write = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), os.write
 
@@ -69,8 +72,10 @@ class Points:
     def point(self, what: str, path: str):
         self.count += 1
         self.write(self.log, f"{self.count} {what} {path}\n".encode())
-        if self.count == self.at:
+        if self.count == self.at and self.number is not None:
             os.kill(os.getpid(), self.number)
+        if self.count >= self.at and self.number is None and what in ("write", "half", "mkdir"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def install(self):
         """Put what counts in the place of what is counted."""
@@ -181,6 +186,15 @@ def when_called(where: str, nth: int, action, inside: str = ""):
         patch(inside, around)
 
 
+def expect_locked():
+    """Say whether another process could have the directory of this run."""
+    with open("out/lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("the directory is locked", flush=True)
+
+
 # The process that forks.
 
 
@@ -209,7 +223,8 @@ def begin(case: dict, rank: int, port: int):
         Points(Path.cwd() / "out", log / f"trace-{rank}", at, case["signal"]).install()
     if case["call"] and mine:
         send = lambda: os.kill(os.getpid(), case["signal"])
-        when_called(case["call"], case["nth"], send, case["inside"])
+        action = send if case["signal"] else expect_locked
+        when_called(case["call"], case["nth"], action, case["inside"])
     try:
         import train
 
@@ -345,11 +360,12 @@ class Toy:
             inside="", number=signal.SIGKILL) -> Result:  # fmt: skip
         """train.py with the toy's flags and these, in a fork. It gets a signal (SIGKILL), or rank
         `rank` of several does: at the operation `at`; `delay` seconds after its start; or before
-        the nth call of a function (as `when_called` says). at=NEVER counts only. limit: no file
-        may get longer than so many bytes."""
+        the nth call of a function (as `when_called` says). at=NEVER counts only. number=None: in
+        place of a signal the disk is full from `at` on, or at `call` it is looked whether the run
+        has locked its directory. limit: no file may get longer than so many bytes."""
         case = {"arguments": [*self.flags, *flags], "cwd": str(self.place), "at": at, "rank": rank}
         case |= {"ranks": ranks, "delay": delay, "limit": limit, "call": call, "nth": nth}
-        self.ask(case | {"inside": inside, "signal": int(number)})
+        self.ask(case | {"inside": inside, "signal": number})
         answer = json.loads(self.server.stdout.readline())
         log, texts = self.place / "log", []
         for name in ("out", "err", "trace"):
@@ -478,8 +494,8 @@ def kill(toy: Toy, whole: dict, at: int, *flags, start: Path | None = None, firs
         newest = newest_complete(result.trace[:-1]) or newest
         where += f" and {result.trace[-1]}" if result.status else " and not again"
     found, result = resume(toy, whole, *flags)
-    if found == "exact" and newest and newest[:4] != "done":
-        found = "exact" if begun_from(result) == newest else f"exact, but not from {newest}"
+    if found in FINE and newest and not newest.startswith("done") and begun_from(result) != newest:
+        found += f", not from {newest}"
     if found in FINE and len(result.sentences) > 1:
         found += ", many sentences"
     return Case(where, found, result.sentences)
