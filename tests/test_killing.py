@@ -15,7 +15,7 @@ from killing import CHECKPOINTING, FINE, LORA, NEVER, Toy, distinct, kill, newes
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A toy, the end of its run, and the operations of it."""
-    toy = Toy(tmp_path_factory.mktemp("toy"))
+    toy = Toy(tmp_path_factory.mktemp("toy"), "--sft_data=held.jsonl")  # one step of SFT
     whole = toy.whole()
     toy.clear()
     trace = toy.run(at=NEVER).trace
