@@ -8,10 +8,10 @@ the run that nobody interrupted. This is the long form, all of it; with words on
 names have all of them. tests/test_killing.py takes a part of it, tests/test_states.py the rest.
 
 Not counted are writes that do not go through Python's files (np.memmap, C++); there are none below
-a run's directory as it is: `--trace` compares with what strace sees.
+a run's directory as it is (strace sees the same files opened for writing, and as many fsyncs).
+`--write-state` writes tests/state/.
 """
 
-import argparse
 import builtins
 import contextlib
 import errno
@@ -339,7 +339,11 @@ class Toy:
     """A directory with data for 3 steps of SFT and 3 of DPO, where runs are made in out/."""
 
     def __init__(self, directory: Path, *flags: str):
-        self.place, self.out, self.flags = Path(directory), Path(directory) / "out", [*FLAGS, *flags]
+        self.place, self.out, self.flags = (
+            Path(directory),
+            Path(directory) / "out",
+            [*FLAGS, *flags],
+        )
         self.place.mkdir(parents=True, exist_ok=True)
         (self.place / "pairs.jsonl").write_text(pairs(12))
         (self.place / "held.jsonl").write_text(pairs(4, 12))
@@ -416,7 +420,9 @@ class Toy:
 
     def states(self) -> list[str]:
         """The names of the states there, the newest last."""
-        names = [p.name for p in self.out.glob("resume/*-*") if re.search(r"(sft|dpo)-\d+$", p.name)]
+        names = [
+            p.name for p in self.out.glob("resume/*-*") if re.search(r"(sft|dpo)-\d+$", p.name)
+        ]
         return sorted(names, key=lambda name: (name < "sft", int(name.rpartition("-")[2])))
 
 
@@ -634,6 +640,39 @@ class Parts:
             yield Case(where, found, result.sentences + again.sentences)
 
 
+# A state for all later commits.
+
+SMALL = ["--hidden_size=4"]
+
+
+def write_state():
+    """Write tests/state/: a run that was stopped after two steps of DPO, no more of it than a
+    resume needs, what it reads, and its end."""
+    with tempfile.TemporaryDirectory() as directory:
+        toy = Toy(Path(directory), *SMALL)
+        whole = toy.whole()
+        toy.clear()
+        trace = toy.run(at=NEVER).trace
+        at = next(n for n, _ in enumerate(trace) if newest_complete(trace[:n]) == "dpo-2")
+        while trace[at].startswith(("unlink resume/", "rmdir resume/")):
+            at += 1
+        toy.clear()
+        toy.run(at=at + 1)
+        toy.close()
+        for path in [*toy.out.glob("encoded/*/"), *toy.out.glob("resume/*")]:
+            if path.is_dir() and path.name != "dpo-2":
+                shutil.rmtree(path)
+        for path in [*toy.out.glob("sft/reference-*"), toy.out / "lock"]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(STATE, ignore_errors=True)
+        shutil.copytree(toy.out, STATE / "run")
+        for name in ("pairs.jsonl", "held.jsonl"):
+            shutil.copy(toy.place / name, STATE)
+        (STATE / "end.json").write_text(json.dumps(whole, indent=1) + "\n")
+    files = [path for path in STATE.rglob("*") if path.is_file()]
+    print(f"{STATE}: {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
+
+
 def main(words: list[str]):
     names = [n for n, f in vars(Parts).items() if callable(f) and n not in ("traced", "stopped")]
     names = [n for n in names if not n.startswith("_") and all(word in n for word in words)]
@@ -662,5 +701,7 @@ def main(words: list[str]):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--serve"]:
         serve()
+    elif sys.argv[1:] == ["--write-state"]:
+        write_state()
     else:
         main(sys.argv[1:])
