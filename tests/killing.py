@@ -208,7 +208,7 @@ def begin(case: dict, rank: int, port: int):
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(log / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, descriptor)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.dump_traceback_later(PATIENCE - 5, exit=True)
@@ -276,9 +276,12 @@ def preload(arguments: list[str]):
     import train
 
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        with contextlib.redirect_stderr(nothing), contextlib.suppress(BaseException):
-            train.main(arguments)
+    redirect = contextlib.redirect_stdout, contextlib.redirect_stderr
+    with contextlib.ExitStack() as stack, contextlib.suppress(BaseException):
+        nothing = stack.enter_context(open(os.devnull, "w"))
+        for stream in redirect:
+            stack.enter_context(stream(nothing))
+        train.main(arguments)
 
 
 def serve():
@@ -468,6 +471,19 @@ def newest_complete(trace: list[str]) -> str:
     return found
 
 
+def completes(trace: list[str], state: str) -> int:
+    """The operation that makes this state the newest one."""
+    return next(n for n, _ in enumerate(trace, 1) if newest_complete(trace[:n]) == state)
+
+
+def leaves(trace: list[str], state: str) -> int:
+    """The first operation that does not belong to saving it, or removing older ones, any more."""
+    n = completes(trace, state) + 1
+    while "resume" in trace[n - 1]:
+        n += 1
+    return n
+
+
 def begun_from(result: Result) -> str:
     """The state that a resumed run says it begins from, "" for none."""
     lines = re.findall(r"^(sft|dpo): .* steps (\d+) to ", result.out, re.MULTILINE)
@@ -546,10 +562,9 @@ class Parts:
 
     def stopped(self, state: str) -> Path:
         """A copy of what a run leaves that is killed once it is past that state."""
-        operations = self.traced()
-        at = next(n for n, _ in enumerate(operations) if newest_complete(operations[:n]) == state)
+        at = leaves(self.traced(), state)
         self.toy.clear()
-        assert self.toy.run(at=at + 20).status == -signal.SIGKILL
+        assert self.toy.run(at=at).status == -signal.SIGKILL
         return self.toy.keep("stopped")
 
     def every_operation_of_a_run(self):
@@ -653,11 +668,8 @@ def write_state():
         whole = toy.whole()
         toy.clear()
         trace = toy.run(at=NEVER).trace
-        at = next(n for n, _ in enumerate(trace) if newest_complete(trace[:n]) == "dpo-2")
-        while trace[at].startswith(("unlink resume/", "rmdir resume/")):
-            at += 1
         toy.clear()
-        toy.run(at=at + 1)
+        toy.run(at=leaves(trace, "dpo-2"))
         toy.close()
         for path in [*toy.out.glob("encoded/*/"), *toy.out.glob("resume/*")]:
             if path.is_dir() and path.name != "dpo-2":

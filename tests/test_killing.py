@@ -9,7 +9,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from killing import CHECKPOINTING, FINE, LORA, NEVER, Toy, distinct, kill, newest_complete, resume
+from killing import CHECKPOINTING, FINE, LORA, NEVER, Toy, distinct, kill, leaves, resume
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +28,10 @@ def wrong(cases) -> list:
     return [case for case in cases if case.found not in FINE]
 
 
-def completed(trace: list[str], state: str) -> int:
-    """The operation that makes this state the newest one."""
-    return next(n for n, _ in enumerate(trace, 1) if newest_complete(trace[:n]) == state)
-
-
 def operations_of_a_save(trace: list[str]) -> list[int]:
     """From the first of those that write the state dpo-2 to the last that removes an older one."""
-    begin, end = completed(trace, "dpo-1"), completed(trace, "dpo-2")
-    while "metrics.jsonl" not in trace[begin] or "resume/" in trace[begin]:
-        begin += 1  # the removal of older ones, and what was done in the step between
-    while end < len(trace) and "resume/" in trace[end]:
-        end += 1
-    return [n for n in distinct(trace) if begin < n <= end]
+    begin, end = leaves(trace, "dpo-1"), leaves(trace, "dpo-2")
+    return [n for n in distinct(trace) if begin <= n < end]
 
 
 def operations_of_references(trace: list[str]) -> list[int]:

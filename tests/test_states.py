@@ -17,7 +17,7 @@ import killing
 import numpy as np
 import pytest
 from conftest import ROOT
-from killing import FINE, NEVER, STATE, Toy, newest_complete, outcome, resume
+from killing import FINE, NEVER, STATE, Toy, leaves, newest_complete, outcome, resume
 
 from model import load_pretrained
 
@@ -29,11 +29,8 @@ def world(tmp_path_factory):
     whole = toy.whole()
     toy.clear()
     trace = toy.run(at=NEVER).trace
-    at = next(n for n, _ in enumerate(trace, 1) if newest_complete(trace[:n]) == "dpo-2")
-    while "resume/" in trace[at]:
-        at += 1
     toy.clear()
-    assert toy.run(at=at + 1).status == -signal.SIGKILL
+    assert toy.run(at=leaves(trace, "dpo-2")).status == -signal.SIGKILL
     assert toy.states() == ["dpo-1", "dpo-2"]
     stopped = toy.keep("stopped")
     yield SimpleNamespace(toy=toy, whole=whole, trace=trace, stopped=stopped)
