@@ -156,7 +156,7 @@ def test_a_damaged_state_is_passed_over(damage, world, stopped):
         stopped.put_back(world.stopped)
         DAMAGES[damage](stopped.out / "resume" / "dpo-2" / name)
         said = goes_on(world)
-        assert said.count("dpo-2") == 1, f"{name}: {said}"
+        assert len([line for line in said.splitlines() if "dpo-2" in line]) == 1, f"{name}: {said}"
         assert "dpo: 12 examples, steps 1 to 3" in said, name
 
 
@@ -304,11 +304,11 @@ MOMENTS = {  # the function at whose nth call, while the other runs, the signal 
     "in a later evaluation": ("dpo.sequence_logps", 4, "dpo.evaluate"),
     "in the first micro-batch": ("dpo.sequence_logps", 1, "dpo.take_step"),
     "between accumulation and step": ("torch.nn.utils.clip_grad_norm_", 2, ""),
-    "between micro-batches": ("dpo.sequence_logps", 12, "dpo.take_step"),
+    "between micro-batches": ("dpo.sequence_logps", 5, "dpo.take_step"),
     "in the checkpoint of SFT": ("model.save_pretrained", 1, ""),
     "between the stages": ("train.with_reference", 1, ""),
     "in the reference pass": ("dpo.sequence_logps", 2, "dpo.reference_logps"),
-    "in the second reference pass": ("dpo.sequence_logps", 1, "train.train_stage"),
+    "in the second reference pass": ("dpo.sequence_logps", 5, "dpo.reference_logps"),
     "in the last step": ("dpo.take_step", 6, ""),
 }
 
@@ -381,11 +381,11 @@ def close(toy, whole: dict, out) -> None:
         for key, weight in theirs.items():
             np.testing.assert_allclose(ours[key], weight, atol=2e-5, err_msg=key)
     rows = toy.end()["metrics"]
-    assert [(row["stage"], row["step"]) for row in rows] == [
-        (row["stage"], row["step"]) for row in whole["metrics"]
-    ]
+    assert len(rows) == len(whole["metrics"])
     for ours, theirs in zip(rows, whole["metrics"]):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        assert ours.pop("stage") == theirs["stage"]
+        expected = {name: value for name, value in theirs.items() if name != "stage"}
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
