@@ -186,6 +186,15 @@ def when_called(where: str, nth: int, action, inside: str = ""):
         patch(inside, around)
 
 
+def send(numbers: int | list):
+    """Signals to this process; a float is a pause in seconds."""
+    for number in numbers if isinstance(numbers, list) else [numbers]:
+        if isinstance(number, float):
+            time.sleep(number)
+        else:
+            os.kill(os.getpid(), number)
+
+
 def expect_locked():
     """Say whether another process could have the directory of this run."""
     with open("out/lock", "a") as file:
@@ -222,8 +231,8 @@ def begin(case: dict, rank: int, port: int):
     elif at is not None:
         Points(Path.cwd() / "out", log / f"trace-{rank}", at, case["signal"]).install()
     if case["call"] and mine:
-        send = lambda: os.kill(os.getpid(), case["signal"])
-        action = send if case["signal"] else expect_locked
+        number = case["signal"]
+        action = functools.partial(send, number) if number else expect_locked
         when_called(case["call"], case["nth"], action, case["inside"])
     try:
         import train
@@ -369,7 +378,8 @@ class Toy:
         `rank` of several does: at the operation `at`; `delay` seconds after its start; or before
         the nth call of a function (as `when_called` says). at=NEVER counts only. number=None: in
         place of a signal the disk is full from `at` on, or at `call` it is looked whether the run
-        has locked its directory. limit: no file may get longer than so many bytes."""
+        has locked its directory. A list, at `call`: several signals, and pauses (float) between.
+        limit: no file may get longer than so many bytes."""
         case = {"arguments": [*self.flags, *flags], "cwd": str(self.place), "at": at, "rank": rank}
         case |= {"ranks": ranks, "delay": delay, "limit": limit, "call": call, "nth": nth}
         self.ask(case | {"inside": inside, "signal": number})
