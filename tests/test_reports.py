@@ -505,7 +505,7 @@ def test_the_report_prints_these_figures_and_samples(monkeypatch, capsys):
     assert asked == [("policy", "reference", 9), ("policy", "reference", 5000)]
 
 
-def test_the_experiment_trains_on_its_files_and_reports_on_its_checkpoints(tmp_path, monkeypatch):
+def test_the_experiment_trains_on_its_files_and_reports(tmp_path, monkeypatch, capsys):
     """What `python train.py` gives to the trainer and to the report, for the flags there are."""
     calls = []
     monkeypatch.setattr(train, "main", lambda words: calls.append(("train", words)))
@@ -554,9 +554,18 @@ def test_the_experiment_trains_on_its_files_and_reports_on_its_checkpoints(tmp_p
     reviews.run_experiment(["--max_steps=1"])
     assert calls[0][1] == Path("out/reviews") and "--out_dir=out/reviews" in calls[1][1]
 
-    state = out / "resume" / "point.json"
+    capsys.readouterr()
+    found = run("--resume", "--seed=3")
+    said = f"{out} has no saved state yet: the run starts from the beginning\n"
+    assert capsys.readouterr().out == said, "as the trainer reads its flags, once"
+    assert found["write"][1] == found["settings"].seed == 3 and found["settings"].resume
+    assert found["report"] == [out, out / "sft"], "without a state it begins"
+    assert found.keys() == {"write", "train", "report", "settings"}
+
+    state = out / "resume" / "dpo-4" / "point.json"
     state.parent.mkdir(parents=True)
     content = {"settings": vars(replace(usual, data=files[0], out_dir=str(out)))}
+    content |= {"cwd": str(Path.cwd()), "digests": {}}
     state.write_text(json.dumps(content))
     assert "report" not in run("--resume"), "somebody's own run"
     (out / "sft.jsonl").write_text("")
