@@ -1882,6 +1882,27 @@ def test_data_is_encoded_once_by_one_rank_and_read_by_all(tmp_path, monkeypatch,
     assert not (place / "made_of.json").exists()
 
 
+def test_a_run_that_begins_again_takes_what_it_has_encoded(compared, world, tmp_path, monkeypatch):
+    """With --resume and without a state it is the same run from its beginning, of data that are
+    encoded already; of other data, or other limits, nothing that was there is taken."""
+    before, out, encode, calls = compared({}), tmp_path / "out", data.encode, []
+    monkeypatch.setattr(data, "encode", lambda *given: calls.append(1) or encode(*given))
+    shutil.copytree(before.out, out)
+    for change, count in (({}, 0), ({"max_length": 15, "max_prompt_length": 13}, 4), ({}, 4),
+                          ({"data": "@pairs2"}, 4), ({"data": "@pairs2"}, 0)):  # fmt: skip
+        calls.clear()
+        shutil.rmtree(out / "resume")
+        after = Run(world, BASE | change | {"resume": "true"}, out, tmp_path / "cwd")
+        assert (
+            after.printed[0] == f"{out} has no saved state yet: the run starts from the beginning"
+        )
+        assert len(calls) == count, "of both stages, each with what is held out"
+        if not change:
+            rest = before.facets.keys() - {"files", "printed"}
+            assert not [name for name in rest if not same(before.facets[name], after.facets[name])]
+        check_examples(after, "sft")
+
+
 def test_thousands_are_encoded_in_blocks_and_in_their_order(tokenizer):
     examples = [data.Example(f"{n}", ("a", f"{n}")) for n in range(2 * 4096 + 3)]
     ahead = list(encoded.encode_ahead(examples, tokenizer))
