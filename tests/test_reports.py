@@ -3,6 +3,7 @@
 Each number against a plain computation of its own, on a stopped clock where it is one of time.
 """
 
+import fcntl
 import functools
 import json
 import math
@@ -575,6 +576,26 @@ def test_the_experiment_trains_on_its_files_and_reports(tmp_path, monkeypatch, c
     content["settings"]["data"] = "mine.jsonl"
     state.write_text(json.dumps(content))
     assert "report" not in run("--resume"), "on files of one's own, beside an old experiment"
+
+
+def test_the_experiment_leaves_another_run_alone(tmp_path, monkeypatch, capsys):
+    """Nothing is written where a run is at work; what it works on stays what it is."""
+    calls = []
+    monkeypatch.setattr(train, "main", calls.append)
+    monkeypatch.setattr(reviews, "report", lambda *given: calls.append(given))
+    monkeypatch.setattr(reviews, "DEMONSTRATIONS", 3)
+    monkeypatch.setattr(reviews, "PAIRS", 2)
+    with open(tmp_path / "lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for flags in ([], ["--resume"]):
+            with pytest.raises(SystemExit) as stopped:
+                reviews.run_experiment([f"--out_dir={tmp_path}", *flags])
+            assert stopped.value.code == 2 and not calls
+            sentence = f"train.py: {tmp_path}: another run works there: give another --out_dir\n"
+            assert capsys.readouterr().err == sentence
+            assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    reviews.run_experiment([f"--out_dir={tmp_path}"])
+    assert len(calls) == 2 and len((tmp_path / "sft.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_table_of_losses(tmp_path, monkeypatch, capsys):
