@@ -289,7 +289,8 @@ def run_experiment(arguments: list[str]):
         settings = SimpleNamespace(**saved)
     else:
         try:
-            settings = train.parse_settings(["--data=later", "--eval_data=later", *arguments])
+            later = ["--data=later", "--eval_data=later", *arguments, "--resume=false"]
+            settings = train.parse_settings(later)  # whatever it says of --resume, train.main does
             if first:
                 lock = hold(out)  # noqa: F841, until the run holds it, too
                 write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)

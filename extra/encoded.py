@@ -17,6 +17,9 @@ import data
 from extra.guard import sha256
 
 ARRAYS = ("tokens", "learnt", "offsets", "trees", "facts", "where")
+FILES = (*(f"{array}.npy" for array in ARRAYS), "counts.json")
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BESIDE += ("chat_template.jinja",)  # what a tokenizer reads beside its own file
 
 
 def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Dataset, Counter]:
@@ -44,15 +47,17 @@ def encode_in(place: Path, run, examples, tokenizer, *limits):
     for array in ARRAYS:
         np.save(place / f"{array}.npy", getattr(dataset, array))
     (place / "counts.json").write_text(json.dumps(found), encoding="utf-8")
-    files = {file.name: sha256(file) for file in sorted(place.iterdir())}
+    files = {name: sha256(place / name) for name in FILES}
     new = place / "made_of.new"
     new.write_text(json.dumps({"key": key, "files": files}), encoding="utf-8")
     new.replace(made_of)
 
 
 def digest(run, tokenizer, limits: tuple) -> str:
-    """Of all that the encoded examples depend on: contents of files, the tokenizer, cuts."""
-    said = [run.about["digests"], run.settings.rendered, limits, tokenizer and tokenizer.proto]
+    """Of all that the encoded examples depend on: contents of files, cuts, the tokenizer."""
+    said = [run.about["digests"], run.settings.rendered, limits]
+    if tokenizer:
+        said += [tokenizer.proto, *map(tokenizer.beside, BESIDE)]
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
@@ -60,8 +65,8 @@ def is_whole(made_of: Path, key: str) -> bool:
     """Whether what is there was made of the same, and is as it was written."""
     try:
         made = json.loads(made_of.read_text(encoding="utf-8"))
-        files = {name: sha256(made_of.parent / name) for name in made["files"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        files = {name: sha256(made_of.parent / name) for name in FILES}
+    except (OSError, ValueError, RecursionError):
         return False
     return made == {"key": key, "files": files}
 

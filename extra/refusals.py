@@ -167,7 +167,7 @@ def check_resumed(out: Path, given: dict, point: dict):
         if name in MAY_CHANGE:
             if first:
                 print(f"--resume: {name} is {value!r} from here on, and was {before!r}", flush=True)
-        elif name not in PATHS:  # what they name is compared when it is read (extra/guard.py)
+        elif name not in PATHS or "" in (value, before):  # extra/guard.py compares what they name
             raise DataError(f"--resume: {name} is {value!r}, but was {before!r} in this run")
 
 

@@ -479,6 +479,7 @@ def ranks(args):
 def startup(args):
     """What a run does with its data before it has a model: a file of text, two limits."""
     from extra.encoded import encode_once
+    from extra.guard import sha256
 
     count, rng = 100_000, np.random.default_rng(0)
     words = np.array(
@@ -493,10 +494,13 @@ def startup(args):
         examples = lambda: data.read_preferences(str(here / "pairs.jsonl"))
         data.Tokenizer.train(itertools.islice(examples(), 1000), here, 2000)
         tokenizer = data.Tokenizer(here)
-        run = SimpleNamespace(out=here, rank=0, point={}, wait=lambda: None)
+        settings = SimpleNamespace(resume=False, rendered=False)
+        run = SimpleNamespace(out=here, settings=settings, about={})
+        run.alone = lambda work, *inputs: work(*inputs)
         seconds, found = [], []
-        for run.point in ({}, {"stage": "dpo"}):  # at a first start, and when resumed
+        for settings.resume in (False, True):
             begun = time.perf_counter()
+            run.about["digests"] = {"data": sha256(here / "pairs.jsonl")}
             dataset, _ = encode_once(run, "pairs", examples(), tokenizer, 512, 256)
             seconds.append(time.perf_counter() - begun)
             found.append((len(dataset), len(dataset.tokens)))

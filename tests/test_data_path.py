@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import random_dataset, sequences, turns, write_jsonl
+from conftest import random_dataset, save_tokenizer, sequences, turns, write_jsonl
 
 import data
 import train
@@ -797,8 +797,7 @@ def encode_by(way: str, examples, tokenizer, limits, directory: str):
         return data.encode(examples, tokenizer, *limits)
     if way == "ahead":
         return data.encode(encoded.encode_ahead(examples, tokenizer), tokenizer, *limits)
-    run = SimpleNamespace(out=Path(directory), rank=0, point={}, wait=lambda: None)
-    return encoded.encode_once(run, "some pairs", examples, tokenizer, *limits)
+    return encoded.encode_once(run_at(directory), "some pairs", examples, tokenizer, *limits)
 
 
 LIMITS = [(512, 256), (40, 20), (24, 12), (12, 9), (9, 4), (7, 1), (16, 15), (6, 8)]
@@ -1091,18 +1090,22 @@ def never():
     yield
 
 
-def run_at(directory: Path, rank: int = 0, point: dict | None = None, wait=lambda: None):
-    return SimpleNamespace(out=directory, rank=rank, point=point or {}, wait=wait)
+def run_at(directory, rank: int = 0, resume=False, rendered=False, **digests) -> SimpleNamespace:
+    """As much of a run as encoding looks at; digests: of its files."""
+    alone = lambda work, *inputs: work(*inputs) if rank == 0 else None
+    settings = SimpleNamespace(resume=resume, rendered=rendered)
+    about = {"digests": {"data": "0a", "eval_data": "1b"} | digests}
+    return SimpleNamespace(out=Path(directory), settings=settings, about=about, alone=alone)
 
 
 def test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs(spellings, tmp_path):
     """Each set under its name; another run encodes again."""
     tokenizer, limits = spellings["inst"].tokenizer, (24, 12)
     examples = [
-        data.Example("the film", (" was great", " was slow"), "", 2.0, 0.75, 1.5),
-        data.Example("x", ("", "y"), "", 3.0),
-        data.Example(TALK[:2], (TALK[2:5], [assistant("no")])),
-        data.Example("a" * 40, ("b", "c")),
+        data.Example("the film", (" was great", " was slow"), "a.jsonl:1", 2.0, 0.75, 1.5),
+        data.Example("x", ("", "y"), "a.jsonl:2", 3.0),
+        data.Example(TALK[:2], (TALK[2:5], [assistant("no")]), "long name.jsonl.gz:1234567"),
+        data.Example("a" * 40, ("b", "c"), "ä.jsonl:3"),
     ]
     sets = {
         "sft eval": examples[:2],
@@ -1113,20 +1116,22 @@ def test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs(spellings, tmp
     fresh = {name: data.encode(some, tokenizer, *limits) for name, some in sets.items()}
     for name, some in sets.items():
         encoded.encode_once(run_at(tmp_path), name, iter(some), tokenizer, *limits)
-    for rank, point in ((0, {"stage": "dpo"}), (1, {}), (2, {"stage": "sft"})):
+    for rank, resume in ((0, True), (1, False), (2, True)):
         for name, (dataset, counts) in fresh.items():
-            found, again = encoded.encode_once(
-                run_at(tmp_path, rank, point), name, never(), tokenizer, *limits
-            )
+            run = run_at(tmp_path, rank, resume)
+            found, again = encoded.encode_once(run, name, never(), tokenizer, *limits)
             assert again == counts and counts["examples"] == len(sets[name])
-            for field in ("tokens", "learnt", "offsets", "trees", "facts"):
+            for field in ("tokens", "learnt", "offsets", "trees", "facts", "where"):
                 kept, right = getattr(found, field), getattr(dataset, field)
                 assert kept.dtype == right.dtype and isinstance(kept, np.memmap), field
                 np.testing.assert_array_equal(kept, right)
+    left = [where.decode() for where in found.where]
+    assert left == ["a.jsonl:1", "long name.jsonl.gz:1234567", "ä.jsonl:3"], "one is dropped"
     place = tmp_path / "encoded" / "eval_pairs"
     noted = fresh["eval pairs"][1] + Counter({chat.CHATS: 1})
     assert +Counter(json.loads((place / "counts.json").read_text())) == noted
-    names = {"tokens.npy", "learnt.npy", "offsets.npy", "trees.npy", "facts.npy", "counts.json"}
+    names = {"tokens.npy", "learnt.npy", "offsets.npy", "trees.npy", "facts.npy", "where.npy"}
+    names |= {"counts.json", "made_of.json"}
     assert {file.name for file in place.iterdir()} == names
     other, counts = encoded.encode_once(run_at(tmp_path), "pairs", small(5), tokenizer, *limits)
     assert len(other) == 5 and counts["examples"] == 5, "of a run that is not resumed"
@@ -1134,30 +1139,105 @@ def test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs(spellings, tmp
 
 def test_other_ranks_wait_for_the_first(tmp_path):
     first = lambda: encoded.encode_once(run_at(tmp_path), "pairs", small(3), None, 9, 8)
-    run = run_at(tmp_path, rank=1, wait=first)
+    run = run_at(tmp_path, rank=1)
+    run.alone = lambda *_: first()
     assert len(encoded.encode_once(run, "pairs", never(), None, 9, 8)[0]) == 3
 
 
+def test_a_resumed_run_encodes_what_was_made_of_something_else(spellings, tmp_path):
+    """Other contents of any file, another tokenizer or another file beside it, another limit, texts
+    read otherwise; what was made of the same is taken."""
+    tokenizer = data.Tokenizer(save_tokenizer(spellings["plain"].tokenizer, tmp_path / "one"))
+    texts = [data.Example("the film", (f" was {e}", " was bad")) for e in range(7)]
+    base = {"tokenizer": tokenizer, "limits": (24, 12), "files": {}, "rendered": False}
+
+    def count(some, resume=True, **changed) -> int:
+        given = base | changed
+        run = run_at(tmp_path, 0, resume, given["rendered"], **given["files"])
+        given["tokenizer"].rendered = given["rendered"]
+        inputs = some, given["tokenizer"], *given["limits"]
+        return len(encoded.encode_once(run, "pairs", *inputs)[0])
+
+    data.Tokenizer.train(texts, tmp_path, 280)
+    other = data.Tokenizer(tmp_path)
+    changes = [{"tokenizer": other}, {"limits": (25, 12)}, {"limits": (24, 11)}]
+    changes += [{"limits": (12, 24)}, {"rendered": True}, {"files": {"data": "0b"}}]
+    changes += [{"files": {"eval_data": "0a"}}, {"files": {"init_from": "0a"}}]
+    changes += [{"files": {"data": "1b", "eval_data": "0a"}}, {"files": {"sft_data": "0a"}}]
+    for name, content in (
+        ("chat_template.jinja", "{{ messages[0].content }}"),
+        ("tokenizer_config.json", '{"legacy": false}'),
+        ("special_tokens_map.json", '{"pad_token": "</s>"}'),
+        ("added_tokens.json", '{"<pad>": 5}'),
+    ):
+        place = save_tokenizer(tokenizer, tmp_path / name)
+        (place / name).write_text(content)
+        changes.append({"tokenizer": data.Tokenizer(place)})
+    assert count(texts, resume=False) == 7 and count(never()) == 7
+    for n, change in enumerate(changes):
+        assert count(texts[: 1 + n % 5], **change) == 1 + n % 5, change
+        assert count(never(), **change) == 1 + n % 5, change
+        assert count(texts) == 7 and count(never()) == 7
+    assert count(never(), tokenizer=data.Tokenizer(tmp_path / "one")) == 7
+
+
+def test_a_resumed_run_encodes_what_is_not_as_it_was_written(tmp_path):
+    """A byte that is other, a file that is cut or gone, a manifest that is no manifest."""
+    place, resumed = tmp_path / "encoded" / "pairs", run_at(tmp_path, resume=True)
+    count = lambda some: len(encoded.encode_once(resumed, "pairs", some, None, 9, 8)[0])
+    assert count(small(6)) == 6 and count(never()) == 6, "without any state"
+    for file in sorted(place.iterdir()):
+        saved = file.read_bytes()
+        for damaged in (saved[:-1], saved[:-1] + bytes([saved[-1] ^ 1]), b"", None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            assert count(small(6)) == 6 and file.read_bytes() == saved, file.name
+            assert count(never()) == 6
+    made_of = place / "made_of.json"
+    saved = json.loads(made_of.read_text())
+    assert saved["files"].keys() == {file.name for file in place.iterdir()} - {"made_of.json"}
+    less = {name: digest for name, digest in saved["files"].items() if name != "facts.npy"}
+    for content in ([], None, {}, saved["key"], saved | {"files": less}, saved | {"key": ""}):
+        made_of.write_text(json.dumps(content))
+        assert count(small(6)) == 6 and json.loads(made_of.read_text()) == saved
+    (place / "made_of.new").write_text("of a run that was killed")
+    (place / "facts.npy").write_bytes(b"")
+    assert count(small(6)) == 6 and count(never()) == 6
+
+
 def test_what_was_not_finished_is_not_taken(tmp_path, monkeypatch):
-    """counts.json is written last, and what was there goes first."""
-    resumed = run_at(tmp_path, point={"stage": "dpo"})
+    """made_of.json is written last, and what was there goes first, wherever it stops."""
+    resumed = run_at(tmp_path, resume=True)
+    count = lambda run, some: len(encoded.encode_once(run, "pairs", some, None, 9, 8)[0])
+    written = []
 
     def stopped():
         yield from small(2)
         raise KeyboardInterrupt
 
-    def stop(path, array):
-        raise KeyboardInterrupt
+    def up_to(number, write):
+        """Does what `write` does, but for the call after so many."""
 
-    encoded.encode_once(run_at(tmp_path), "pairs", small(5), None, 9, 8)
+        def wrapped(*given, **options):
+            if len(written) == number:
+                raise KeyboardInterrupt
+            written.append(given)
+            return write(*given, **options)
+
+        return wrapped
+
+    count(run_at(tmp_path), small(5))
     with pytest.raises(KeyboardInterrupt):
-        encoded.encode_once(run_at(tmp_path), "pairs", stopped(), None, 9, 8)
-    assert len(encoded.encode_once(resumed, "pairs", small(4), None, 9, 8)[0]) == 4
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(np, "save", stop)
-        encoded.encode_once(run_at(tmp_path), "pairs", small(6), None, 9, 8)
-    assert len(encoded.encode_once(resumed, "pairs", small(7), None, 9, 8)[0]) == 7
-    assert len(encoded.encode_once(resumed, "pairs", never(), None, 9, 8)[0]) == 7
+        count(run_at(tmp_path), stopped())
+    assert count(resumed, small(4)) == 4 and count(resumed, never()) == 4
+    for number in range(len(encoded.FILES) + 2):
+        assert count(run_at(tmp_path), small(5)) == 5
+        written.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            for place, name in ((np, "save"), (Path, "write_text"), (Path, "replace")):
+                patch.setattr(place, name, up_to(number, getattr(place, name)))
+            count(run_at(tmp_path), small(5))
+        assert count(resumed, small(4)) == 4, "though what there is may be whole"
+        assert count(resumed, never()) == 4
 
 
 def test_files_of_many_blocks_keep_their_order(spellings, monkeypatch):

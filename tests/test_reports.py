@@ -3,6 +3,7 @@
 Each number against a plain computation of its own, on a stopped clock where it is one of time.
 """
 
+import fcntl
 import functools
 import json
 import math
@@ -505,7 +506,7 @@ def test_the_report_prints_these_figures_and_samples(monkeypatch, capsys):
     assert asked == [("policy", "reference", 9), ("policy", "reference", 5000)]
 
 
-def test_the_experiment_trains_on_its_files_and_reports_on_its_checkpoints(tmp_path, monkeypatch):
+def test_the_experiment_trains_on_its_files_and_reports(tmp_path, monkeypatch, capsys):
     """What `python train.py` gives to the trainer and to the report, for the flags there are."""
     calls = []
     monkeypatch.setattr(train, "main", lambda words: calls.append(("train", words)))
@@ -554,9 +555,18 @@ def test_the_experiment_trains_on_its_files_and_reports_on_its_checkpoints(tmp_p
     reviews.run_experiment(["--max_steps=1"])
     assert calls[0][1] == Path("out/reviews") and "--out_dir=out/reviews" in calls[1][1]
 
-    state = out / "resume" / "point.json"
+    capsys.readouterr()
+    found = run("--resume", "--seed=3")
+    said = f"{out} has no saved state yet: the run starts from the beginning\n"
+    assert capsys.readouterr().out == said, "as the trainer reads its flags, once"
+    assert found["write"][1] == found["settings"].seed == 3 and found["settings"].resume
+    assert found["report"] == [out, out / "sft"], "without a state it begins"
+    assert found.keys() == {"write", "train", "report", "settings"}
+
+    state = out / "resume" / "dpo-4" / "point.json"
     state.parent.mkdir(parents=True)
     content = {"settings": vars(replace(usual, data=files[0], out_dir=str(out)))}
+    content |= {"cwd": str(Path.cwd()), "digests": {}}
     state.write_text(json.dumps(content))
     assert "report" not in run("--resume"), "somebody's own run"
     (out / "sft.jsonl").write_text("")
@@ -566,6 +576,26 @@ def test_the_experiment_trains_on_its_files_and_reports_on_its_checkpoints(tmp_p
     content["settings"]["data"] = "mine.jsonl"
     state.write_text(json.dumps(content))
     assert "report" not in run("--resume"), "on files of one's own, beside an old experiment"
+
+
+def test_the_experiment_leaves_another_run_alone(tmp_path, monkeypatch, capsys):
+    """Nothing is written where a run is at work; what it works on stays what it is."""
+    calls = []
+    monkeypatch.setattr(train, "main", calls.append)
+    monkeypatch.setattr(reviews, "report", lambda *given: calls.append(given))
+    monkeypatch.setattr(reviews, "DEMONSTRATIONS", 3)
+    monkeypatch.setattr(reviews, "PAIRS", 2)
+    with open(tmp_path / "lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for flags in ([], ["--resume"]):
+            with pytest.raises(SystemExit) as stopped:
+                reviews.run_experiment([f"--out_dir={tmp_path}", *flags])
+            assert stopped.value.code == 2 and not calls
+            sentence = f"train.py: {tmp_path}: another run works there: give another --out_dir\n"
+            assert capsys.readouterr().err == sentence
+            assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    reviews.run_experiment([f"--out_dir={tmp_path}"])
+    assert len(calls) == 2 and len((tmp_path / "sft.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_table_of_losses(tmp_path, monkeypatch, capsys):

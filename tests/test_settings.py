@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from conftest import ROOT, make_model, read_metrics, save_tokenizer, write_jsonl
 from torch.nn.functional import logsigmoid
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -37,7 +36,8 @@ import dpo
 import model as llm
 import train
 from experiments import reviews
-from extra import encoded, kept
+from extra import encoded, guard, kept, states
+from extra.guard import Stopped
 from extra.objectives import LOSSES
 
 STAGES = ("sft", "dpo")
@@ -232,11 +232,12 @@ class Run:
 
         trained = lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]]
         real_stage, real_load, real_collate = train.train_stage, train.load_model, data.collate
-        real_find, real_save = dpo.find_loss, dcp.save
-        save = lambda state, checkpoint_id, **o: (
-            self.states.append(Path(checkpoint_id).name),
-            real_save(state, checkpoint_id=checkpoint_id, **o),
-        )
+        real_find, real_save = dpo.find_loss, states.save
+
+        def save(run, stage, step, *rest):
+            self.states.append(f"{stage}-{step}")
+            real_save(run, stage, step, *rest)
+
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(train, "time", self.clock)
         patch.setattr(train, "train_stage", train_stage)
@@ -245,7 +246,7 @@ class Run:
         patch.setattr(dpo, "find_loss", find_loss)
         patch.setattr(dpo, "take_step", during("step", dpo.take_step, 2.0))
         patch.setattr(dpo, "evaluate", during("evaluate", dpo.evaluate, 100.0))
-        patch.setattr(dcp, "save", during("save", save, 1000.0))
+        patch.setattr(states, "save", during("save", save, 1000.0))
         record = lambda layer, **options: self.compiled.append(options)
         patch.setattr(llm.Block, "compile", record)
         started = lambda **options: self.wandb.append(options) or SimpleNamespace(log=log)
@@ -502,8 +503,7 @@ def check_by_hand(run: Run):
             if by_hand:
                 sums.update(check_gradient(by_hand, stage, step))
             sums.update(pairs=sum(map(len, step.batches)), tokens=rows_in(step.batches), seconds=2)
-            saved = s.save_every and number % s.save_every == 0 and number < total
-            assert (number in logged) == bool(number % s.log_every == 0 or number == total or saved)
+            assert (number in logged) == (number % s.log_every == 0 or number == total)
             if number in logged:
                 assert logged[number]["train/learning_rate"] == step.rate
                 check_row(logged[number], sums)
@@ -681,12 +681,23 @@ def is_elsewhere(before: Run, after: Run):
 
 
 def goes_on(before: Run, after: Run):
+    assert after.states == ["done-0"] and "dpo-4" in before.states
     whole = before.facets["dpo texts"]
     assert after.facets["dpo texts"] == whole[4:] and len(whole) == 6
     assert after.facets["dpo rates"] == before.facets["dpo rates"][4:]
     assert same(after.facets["dpo gradients"], before.facets["dpo gradients"][4:])
     assert same(after.start, before.facets["sft weights"])
     assert "dpo: 10 examples, steps 4 to 6 of 4" in after.printed
+
+
+def logs_as_before(before: Run, after: Run):
+    """Also of the steps since the last row that were before the state; but for their speed."""
+    goes_on(before, after)
+    for step, row in before.facets["dpo logged"].items():
+        again = after.facets["dpo logged"][step]
+        assert again.keys() == row.keys() and step in (5, 6)
+        different = {name for name in row if again[name] != row[name]}
+        assert different <= {"pairs_per_second", "tokens_per_second"}, step
 
 
 def same_first_gradient(before: Run, after: Run):
@@ -901,13 +912,35 @@ def evaluates_nothing(before: Run, after: Run):
 
 
 def saves_states(before: Run, after: Run):
-    assert after.states == ["sft-2", "sft-4", "dpo-2", "dpo-4"], "none after the last step"
-    for stage in STAGES:
-        rows = [n for n, kind in after.facets[f"{stage} rows"] if kind == "train"]
-        assert rows == [2, 4, 5, 6], "a state begins with no sums"
-    point = json.loads((after.out / "resume" / "point.json").read_text())
-    where = {"stage": "dpo", "step": 4, "state": "dpo-4", "cwd": str(after.out.parent / "cwd")}
-    assert point == where | {"settings": after.about["settings"]}
+    """None after a stage's last step, but where each stage is done; of these the newest two stay.
+    What was logged since the last row goes on: to log is no reason to save, nor the reverse."""
+    assert before.states == ["dpo-0", "done-0"]
+    assert after.states == ["sft-2", "sft-4", "dpo-0", "dpo-2", "dpo-4", "done-0"]
+    assert {path.name for path in (after.out / "resume").iterdir()} == {"dpo-4", "done-0"}
+    files = {"point.json", "metrics.jsonl", "manifest.json"}
+    for name, step in (("dpo-4", 4), ("done-0", 0)):
+        state = after.out / "resume" / name
+        tensors = {"state.safetensors"} if step else set()
+        assert {path.name for path in state.iterdir()} == files | tensors
+        point = json.loads((state / "point.json").read_text())
+        totals, ratio = point.pop("totals"), point.pop("mean_logratio")
+        assert point == after.about | {"stage": name[:-2], "step": step, "state": name}
+        by_hand, sums = ByHand(after, llm.read_weights(after.out / "sft")), Counter()
+        for done in after.steps["dpo"][: step or 6]:
+            _, last = by_hand.sums("dpo", done.before, done.batches)
+            sums.update(last)
+        of_step = (last["chosen"] + last["rejected"]) / (2 * after.settings.beta * last["count"])
+        assert ratio == near(of_step), "() of the step before"
+        if name == "done-0":
+            assert totals == {}
+            continue
+        row = after.facets["dpo logged"][5]
+        logged = {k.removeprefix("train/") for k in row if k.startswith("train/")}
+        assert totals.keys() == logged - {"learning_rate"} | {"count"}
+        assert totals["count"] == sums["count"] == 14
+        assert totals["loss"] == near(sums["loss"])
+        for which in ("chosen", "rejected"):
+            assert totals[f"rewards/{which}"] == near(sums[which])
 
 
 def reports_to_wandb(before: Run, after: Run):
@@ -960,6 +993,7 @@ CASES = [
     Case("tokenizer", {"tokenizer": "@tokenizer2"}, NEW_SHAPE | {"tokenizer"} | PACKED, has_tokenizer),
     Case("out_dir", {"out_dir": None}, set(), is_elsewhere),
     Case("resume", {"resume": "true"}, RESUMED, goes_on, {"save_every": 4}),
+    Case("resume", {"resume": "true"}, RESUMED | {"dpo logged"}, logs_as_before, {"save_every": 4, "log_every": 5}),
     Case("loss", {"loss": "ipo"}, DPO | {"objective"}, asks(loss="ipo", beta=0.5)),
     Case("beta", {"beta": 2.0}, DPO | {"objective"}, asks(loss="dpo", beta=2.0, label_smoothing=0.0)),
     Case("sft_weight", {"sft_weight": 0.7}, DPO),
@@ -1006,7 +1040,7 @@ CASES = [
     Case("activation_checkpointing", {"activation_checkpointing": "true"}, of("blocks"), recomputes),
     Case("log_every", {"log_every": 4}, of("rows") | of("logged"), averages_rows),
     Case("eval_every", {"eval_every": 4}, of("rows") | of("evaluated") | HELD_OUT, evaluates_more),
-    Case("save_every", {"save_every": 2}, {"files", "states"} | of("rows") | of("logged"), saves_states, {"log_every": 5}),
+    Case("save_every", {"save_every": 2}, {"files", "states"}, saves_states, {"log_every": 5}),
     Case("wandb", {"wandb": "offline"}, {"wandb"}, reports_to_wandb),
     Case("wandb", {"wandb": "online"}, {"wandb"}, reports_to_wandb),
     Case("label_smoothing", {"label_smoothing": 0.2}, DPO | {"objective"}, asks(loss="dpo", beta=0.5, label_smoothing=0.2)),
@@ -1080,6 +1114,7 @@ def test_a_setting_acts_as_it_says_and_changes_nothing_else(case, compared, worl
         out = cwd / train.Settings.out_dir
     if "resume" in case.given:
         shutil.copytree(before.out, out)
+        shutil.rmtree(out / "resume" / "done-0")  # as if it had been killed in its last steps
         after = Run(world, {"data": BASE["data"]} | case.given, out, cwd)
         after.given = before.given | after.given
     else:
@@ -1152,6 +1187,7 @@ def test_a_step_is_shared_by_all_ranks(world_size):
     parts = []
     for rank in range(world_size):
         run = SimpleNamespace(world=world_size, rank=rank, settings=settings, device="cpu")
+        run.watch = lambda items: items
         parts.append(list(train.micro_batches(dataset, step, run)))
         assert all(len(batch.tokens) <= 25 for batch in parts[-1])
     assert len(set(map(len, parts))) == 1
@@ -1451,71 +1487,155 @@ def test_settings_that_contradict_each_other_are_refused(refusal, world, tmp_pat
     assert about(64) == "" and "is beyond the sliding window of 64" in about(65)
 
 
-def test_a_resumed_run_keeps_its_settings_but_for_where_and_how_often(refusal, tmp_path):
+def write_point(out: Path, settings: train.Settings, cwd: Path, digests: dict | None = None):
+    """A state, as far as the command line looks at it."""
+    state = out / "resume" / "dpo-4"
+    state.mkdir(parents=True, exist_ok=True)
+    point = {"settings": dataclasses.asdict(settings), "cwd": str(cwd), "digests": digests or {}}
+    (state / "point.json").write_text(json.dumps(point))
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_where_and_how_often(refusal, tmp_path, capsys):
     """What was given then need not be given again, and may be; another value is refused, but for
-    six settings, which count from then on."""
+    ten settings, which count from then on, and for the names of files, not their contents."""
     before = train.Settings(
         data="x", eval_data="e", out_dir="then", options={"label_smoothing": 0.0}
     )
-    state = tmp_path / "resume" / "point.json"
-    state.parent.mkdir()
-    state.write_text(json.dumps({"settings": dataclasses.asdict(before)}))
-    free = {"resume", "out_dir", "log_every", "eval_every", "save_every", "wandb"}
+    write_point(tmp_path, before, Path.cwd())
+    free = {"log_every", "eval_every", "save_every", "wandb", "micro_batch_tokens", "compile"}
+    free |= {"activation_checkpointing"}
     about = {"resume": True, "out_dir": tmp_path}
     resumed = ["--resume", f"--out_dir={tmp_path}"]
     old = dataclasses.asdict(before) | before.options
+    flag = lambda name, value: f"--{name}={str(value).lower() if value in (True, False) else value}"
     for name, value in OTHER.items():
         if name in ("init_from", "out_dir"):
             continue
         expected = f"--resume: {name} is {value!r}, but was {old[name]!r} in this run"
-        assert refusal(**(about | {name: value})) == ("" if name in free else expected)
+        changes = f"--resume: {name} is {value!r} from here on, and was {old[name]!r}\n"
+        named = name in ("data", "eval_data")  # what they name is compared later
+        assert refusal(**(about | {name: value})) == ("" if name in free or named else expected)
+        assert capsys.readouterr().out == (changes if name in free else "")
         assert refusal(**(about | {name: old[name]})) == ""
-        settings = train.parse_settings(
-            [
-                *resumed,
-                f"--{name}={old[name]!s}".replace("False", "false").replace("True", "true"),
-            ]
-        )
+        settings = train.parse_settings([*resumed, flag(name, old[name])])
         assert settings == dataclasses.replace(before, resume=True, out_dir=str(tmp_path))
-    for name in sorted(free - {"resume", "out_dir"}):
-        settings = train.parse_settings([*resumed, f"--{name}={OTHER[name]}"])
-        assert getattr(settings, name) == OTHER[name]
-    assert "init_from is" in refusal(**about, init_from="@")
+        assert capsys.readouterr().out == ""
+        if name in free or named:
+            settings = train.parse_settings([*resumed, f"{flag(name, value)}"])
+            changed = {name: value, "resume": True, "out_dir": str(tmp_path)}
+            assert settings == dataclasses.replace(before, **changed)
+            capsys.readouterr()
+    for name, value, was in (("init_from", "@", ""), ("eval_data", "", "e")):
+        message = refusal(**about, **{name: value})
+        assert re.fullmatch(f"--resume: {name} is '.*', but was {was!r} in this run", message)
+    write_point(tmp_path, dataclasses.replace(before, lora_rank=4), Path.cwd())
+    assert refusal(**about, save_adapter=True) == ""
+    assert "save_adapter is True from here on, and was False" in capsys.readouterr().out
+
+
+def test_a_resumed_run_finds_its_files_from_anywhere(tmp_path, monkeypatch):
+    """Their names are relative to where it was begun; those of the command line to where it is."""
+    cwd = tmp_path / "then"
+    names = {"data": "x,sub/y", "eval_data": str(tmp_path / "e"), "sft_data": "s", "tokenizer": "t"}
+    before = train.Settings(**names, out_dir=str(tmp_path), options={"label_smoothing": 0.0})
+    write_point(tmp_path, before, cwd)
+    s = train.parse_settings(["--resume", f"--out_dir={tmp_path}", "--sft_data=z"])
+    moved = {"data": f"{cwd / 'x'},{cwd / 'sub/y'}", "tokenizer": str(cwd / "t"), "sft_data": "z"}
+    assert s == dataclasses.replace(before, **moved, resume=True)
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    s = train.parse_settings(["--resume", f"--out_dir={tmp_path}"])
+    assert s == dataclasses.replace(before, resume=True)
+
+
+def test_a_resumed_run_is_of_the_contents_that_it_began_with(world, tmp_path):
+    """Whatever the files are called now; in their order."""
+    for name in ("pairs", "pairs2", "eval", "sft"):
+        shutil.copy(world[name], tmp_path / name)
+    shutil.copytree(world["checkpoint"], tmp_path / "checkpoint")
+    shutil.copy(world["tokenizer"], tmp_path / "tokenizer.model")
+    place = lambda *names: ",".join(str(tmp_path / name) for name in names)
+    given = {"data": place("pairs", "pairs2"), "eval_data": place("eval"), "sft_data": place("sft")}
+    given |= {"init_from": place("checkpoint"), "tokenizer": place("tokenizer.model")}
+    before = train.Settings(**given, out_dir=str(tmp_path / "run"), resume=True)
+    digests = guard.digests(before)
+    assert digests.keys() == given.keys() and len({*digests.values()}) == 5
+    write_point(tmp_path / "run", before, tmp_path, digests)
+
+    def begin(**changed) -> str:
+        settings = dataclasses.replace(before, **changed)
+        run = SimpleNamespace(out=Path(before.out_dir), settings=settings, about={"ranks": 1})
+        try:
+            guard.begin(run)
+        except data.DataError as error:
+            return str(error)
+        assert run.about == {"ranks": 1, "cwd": str(Path.cwd()), "digests": digests}
+        return ""
+
+    refused = "--resume: what --{} names is not what this run began with: begin another run, "
+    refused += "in another --out_dir"
+    assert begin() == ""
+    assert begin(data=place("pairs2", "pairs")) == refused.format("data")
+    for name, folder, file in (
+        ("data", "", "pairs2"),
+        ("eval_data", "", "eval"),
+        ("sft_data", "", "sft"),
+        ("tokenizer", "", "tokenizer.model"),
+        ("init_from", "checkpoint", "model.safetensors"),
+        ("init_from", "checkpoint", "config.json"),
+        ("init_from", "checkpoint", "tokenizer.model"),
+    ):
+        moved = (tmp_path / (folder or file)).rename(tmp_path / "moved")
+        changed = {name: place("pairs", "moved") if name == "data" else place("moved")}
+        assert begin(**changed) == "", "by another name"
+        path = moved / file if folder else moved
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        assert begin(**changed) == refused.format(name)
+        path.write_bytes(content)
+        moved.rename(tmp_path / (folder or file))
 
 
 # --------------------------------------------------------- what is kept for another run, or a rank
 
 
+def run_of_a_reference(out: Path, **changed) -> SimpleNamespace:
+    """As much of a run as what keeps its reference looks at; `said` is what it says."""
+    settings, said = SimpleNamespace(micro_batch_tokens=8, batch_size=4), []
+    (out / "encoded").mkdir(parents=True, exist_ok=True)
+    run = {"rank": 0, "world": 1, "out": out, "settings": settings, "bf16": False, "said": said}
+    run |= {"device": torch.device("cpu"), "alone": lambda work, *given: work(*given)}
+    return SimpleNamespace(**(run | {"say": said.append} | changed))
+
+
 def test_a_reference_is_found_again_by_whatever_it_depends_on(tmp_path, monkeypatch):
     """Computed anew if anything of the tokens, the weight files or the numerics is other; found by
     any other run, and by one that could not write beside the checkpoint where that left it."""
-    place, calls, said = tmp_path / "checkpoint", [], []
+    place, calls = tmp_path / "checkpoint", []
     place.mkdir()
     for name in ("model.safetensors", "config.json"):
         (place / name).write_text("one")
     ids = [[[5, 6], [7, 8, ~9], [10]], [[5], [11], [12, 13]]]
     config, numbers = llm.ModelConfig.new(20, 8, 1, 1), torch.tensor([-1.5, -2, -3, -4])
-    total = lambda sums: {name: torch.as_tensor(x).double() for name, x in sums.items()}
-    run = SimpleNamespace(
-        rank=0,
-        out=tmp_path / "run",
-        total=total,
-        say=said.append,
-        bf16=False,
-        device=torch.device("cpu"),
-    )
-    (run.out / "encoded").mkdir(parents=True)
 
-    def look(trees=ids, config=config, checkpoint=place, **changed) -> bool:
+    def compute(examples, factor=2):
+        if factor == 2:  # else it is the check
+            calls.append(examples.tolist())
+        return numbers.double()
+
+    def look(trees=ids, config=config, checkpoint=place, out=tmp_path / "run", **changed) -> bool:
         """Whether it is found; either way it is the same."""
         calls.clear()
-        compute = lambda: calls.append(1) or numbers.double()
-        now = SimpleNamespace(**(vars(run) | changed))
+        now = run_of_a_reference(out, **changed)
         model = SimpleNamespace(config=config)
         values = kept.kept(compute, data.to_dataset(trees), model, checkpoint, now)
         assert values.dtype == torch.float64 and torch.equal(values, numbers.double())
-        assert ("found in" if not calls else "log-probs computed") in said[-1]
-        assert "reference: 4 log-probs" in said[-1]
+        first, check = now.said
+        assert check == "step 0: the largest log-ratio is 0.0e+00 nats (tolerance 0.01)" or now.bf16
+        if calls:
+            assert first == "reference: 4 log-probs computed"
+        else:
+            assert re.fullmatch(r"reference: 4 log-probs found in \S+/reference-\S+\.npy", first)
         return not calls
 
     assert not look() and look() and look(out=tmp_path / "other")
@@ -1535,20 +1655,196 @@ def test_a_reference_is_found_again_by_whatever_it_depends_on(tmp_path, monkeypa
     (place / "config.json").write_text("two")
     assert look(), "the weights decide"
     assert look(config=dataclasses.replace(config, eos_token_id=[7])), "ends change no log-prob"
-    earlier = {*place.glob("reference-*")}
     (place / "model.safetensors").write_text("seven")
     assert not look() and look()
-    [newest] = {*place.glob("reference-*")} - earlier
-    for damaged in ([1.0, 2.0], [1.0, 2.0, 3.0, math.nan]):
-        np.save(newest, np.array(damaged))
-        assert not look() and look()
     assert not look(checkpoint="") and not look(checkpoint=""), "a new model is nowhere"
-    assert not list((run.out / "encoded").iterdir())
+    assert not list((tmp_path / "run" / "encoded").iterdir())
     for file in place.glob("reference-*"):
         file.unlink()
     monkeypatch.setattr(kept.os, "access", lambda path, mode: False)
-    (tmp_path / "other" / "encoded").mkdir(parents=True)
-    assert not look() and look() and not look(out=tmp_path / "other")
+    assert not look() and look() and not look(out=tmp_path / "fourth")
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch) -> Callable:
+    """Keeps the reference of some pairs, in parts; what each part gives depends on all of it."""
+    rng, place = np.random.default_rng(3), tmp_path / "checkpoint"
+    place.mkdir()
+    (place / "model.safetensors").write_text("one")
+    trees = [[[1] * n, [2] * m, [3, 4]] for n, m in rng.integers(1, 9, (20, 2))]
+    dataset, model = data.to_dataset(trees), SimpleNamespace(config=llm.ModelConfig.new(9, 8, 1, 1))
+    monkeypatch.setattr(kept, "MICRO_BATCHES", 1)
+    whole = torch.zeros(40, dtype=torch.float64)
+
+    def find(stop_at=None, error=KeyboardInterrupt, look=lambda: None, at=place, **changed):
+        """The parts that were computed, and all values; None if it stopped at part `stop_at`."""
+        parts, run = [], run_of_a_reference(tmp_path / "run", **changed)
+
+        def compute(examples, factor=2):
+            if factor == 1:  # the check
+                return whole * (torch.arange(40) < 8)
+            look()
+            if len(parts) == stop_at:
+                raise error("stopped")
+            parts.append(examples.tolist())
+            values = torch.zeros(40, dtype=torch.float64)
+            for e in examples:
+                values[2 * e : 2 * e + 2] = -math.pi * (e + 1) / len(examples)
+            return values
+
+        if not whole.any():  # once, by all parts
+            for examples, _ in kept.parts_of(dataset, 16):
+                whole.add_(compute(examples))
+            parts.clear()
+        values = None
+        with pytest.raises(error) if stop_at is not None else contextlib.nullcontext():
+            values = kept.kept(compute, dataset, model, at, run)
+            assert torch.equal(values, whole)
+        return SimpleNamespace(parts=parts, values=values, said=run.said)
+
+    def file() -> Path:
+        [path] = place.glob("reference-*")
+        return path
+
+    find.place, find.file = place, file
+    return find
+
+
+def test_a_reference_pass_that_was_interrupted_is_gone_on_with(reference):
+    """Wherever it stops, and by whatever: the next computes only the rest, in the same parts, and
+    all is the same to the last bit; once more it has nothing to do."""
+    whole = reference().parts
+    assert sum(whole, []) == list(range(20)) and len(whole) > 5
+    saved = reference.file().read_bytes()
+    for stop_at in range(len(whole)):
+        for error in (KeyboardInterrupt, Stopped, data.DataError, MemoryError):
+            reference.file().unlink()
+            before = reference(stop_at, error).parts
+            assert before == whole[:stop_at]
+            assert len([*reference.place.glob("reference-*")]) == (stop_at > 0)
+            again = reference()
+            assert again.parts == whole[stop_at:]
+            done = 2 * len(sum(before, []))
+            found = [f"reference: {done} log-probs found in {reference.file()}"] * (done > 0)
+            assert again.said[:-1] == [*found, f"reference: {40 - done} log-probs computed"]
+            assert reference.file().read_bytes() == saved
+            last = reference()
+            assert not last.parts and "reference: 40 log-probs found" in last.said[0]
+    reference.file().unlink()
+    for stop_at in (2, 1, 0, 1):  # again and again
+        reference(stop_at)
+    assert reference().parts == whole[4:] and reference.file().read_bytes() == saved
+
+
+def test_a_reference_pass_that_lasts_is_written_each_minute(reference, monkeypatch):
+    """As nothing is written when it is killed; but not after every part, and by one rank only."""
+    whole, now, finite, parts = reference().parts, [0.0], [], []
+    monkeypatch.setattr(kept, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def look():
+        """How many values are on the disk as a part begins, each of which takes 25 seconds."""
+        files = [*reference.place.glob("reference-*")]
+        finite.append(sum(int(np.isfinite(np.load(file)).sum()) for file in files))
+        now[0] += 25
+
+    reference.file().unlink()
+    parts = reference(look=look).parts
+    done = [0, *np.cumsum([2 * len(part) for part in parts]).tolist()]
+    assert finite == [done[n // 3 * 3] for n in range(len(parts))] and parts == whole
+    reference.file().unlink()
+    finite.clear()
+    reference(len(whole) - 1, look=look, rank=1)
+    assert not any(finite) and not [*reference.place.iterdir()][1:]
+
+
+def test_a_reference_is_written_whole_or_not_at_all(reference, monkeypatch):
+    """What cannot be written does not hide why a pass stopped; a file is replaced, not changed."""
+    reference()
+    saved, written = reference.file().read_bytes(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda path, _: written.append(path) or 1 / 0)
+        reference.file().unlink()
+        with pytest.raises(ZeroDivisionError):
+            reference()
+    assert written and not [*reference.place.glob("reference-*")]
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        reference(2, Stopped)
+    assert not [*reference.place.glob("reference-*")]
+    reference()
+    assert reference.file().read_bytes() == saved
+
+
+def test_a_reference_that_was_damaged_is_computed_anew(reference):
+    """A byte that is other, a file that ends early, one of another shape or type, one without a
+    digest: all is computed again. What is not finite is not known yet."""
+    whole = reference().parts
+    path = reference.file()
+    saved = path.read_bytes()
+    for n in {0, 9, 127, 128, 200, len(saved) - 33, len(saved) - 32, len(saved) - 1}:
+        path.write_bytes(saved[:n] + bytes([saved[n] ^ 1]) + saved[n + 1 :])
+        assert reference().parts == whole and path.read_bytes() == saved, n
+    values = np.load(path)
+    for content in (b"", saved[:100], saved[:-1], saved[:-32], saved + b"\0"):
+        path.write_bytes(content)
+        assert reference().parts == whole and path.read_bytes() == saved
+    for other in (values[:-1], values[None], values.astype(np.float32), values.astype(object)):
+        with contextlib.suppress(ValueError):  # as for objects, which would be pickled
+            kept.write(path, other)
+        assert reference().parts == whole or other.dtype == object
+        assert path.read_bytes() == saved
+    for bad in (math.nan, math.inf, -math.inf):
+        values[2 * whole[3][0]] = bad
+        kept.write(path, values)
+        found = reference()
+        assert found.parts == [whole[3]] and path.read_bytes() == saved
+        assert found.said[0] == f"reference: 39 log-probs found in {path}"
+        assert found.said[1] == f"reference: {2 * len(whole[3])} log-probs computed"
+
+
+def test_log_probs_that_are_not_finite_are_refused_and_not_taken(tmp_path):
+    place, tree = tmp_path / "checkpoint", [[5, 6], [7, 8], [10]]
+    place.mkdir()
+    (place / "model.safetensors").write_text("one")
+    model, dataset = (
+        SimpleNamespace(config=llm.ModelConfig.new(9, 8, 1, 1)),
+        data.to_dataset([tree]),
+    )
+    for checkpoint, named in ((place, str(place)), ("", "the new model")):
+        for bad in (math.nan, math.inf, -math.inf):
+            run = run_of_a_reference(tmp_path / "run")
+            compute = lambda *_, bad=bad: torch.tensor([-1.0, bad], dtype=torch.float64)
+            with pytest.raises(data.DataError) as error:
+                kept.kept(compute, dataset, model, checkpoint, run)
+            assert str(error.value) == f"{named}: log-probs by these weights are not finite"
+    good = lambda *_: torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    run = run_of_a_reference(tmp_path / "run")
+    assert kept.kept(good, dataset, model, place, run).tolist() == [-1, -2]
+    assert "reference: 2 log-probs computed" in run.said
+
+
+def test_the_parts_of_a_reference_are_always_the_same():
+    """All examples, in their order, of about so many rows each; which responses are theirs."""
+    rng = np.random.default_rng(5)
+    for trial in range(200):
+        sizes = rng.integers(1, rng.choice([4, 40]), (rng.integers(1, 30), 3)).tolist()
+        trees = [[[1] * n, *[[2] * m] * rng.integers(1, 4)] for n, m, _ in sizes]
+        dataset, rows = data.to_dataset(trees), int(rng.integers(1, 120))
+        parts = [(e.tolist(), responses) for e, responses in kept.parts_of(dataset, rows)]
+        again = [(e.tolist(), responses) for e, responses in kept.parts_of(dataset, rows)]
+        assert parts == again
+        assert sum((e for e, _ in parts), []) == list(range(len(trees)))
+        total, longest, first = int(dataset.lengths.sum()), int(dataset.lengths.max()), 0
+        for examples, responses in parts:
+            last = first + sum(len(trees[e]) - 1 for e in examples)
+            assert responses == slice(first, last) and last > first
+            assert dataset.lengths[examples].sum() < rows + longest
+            first = last
+        assert first == dataset.responses() and len(parts) <= total // rows + 1, trial
 
 
 def test_data_is_encoded_once_by_one_rank_and_read_by_all(tmp_path, monkeypatch, tokenizer):
@@ -1559,27 +1855,53 @@ def test_data_is_encoded_once_by_one_rank_and_read_by_all(tmp_path, monkeypatch,
     expected, counts = real(examples, tokenizer, 11, 5)
     monkeypatch.setattr(data, "encode", lambda *given: calls.append(1) or real(*given))
 
-    def encode(some, rank=0, point=None) -> int:
+    def encode(some, rank=0, resume=False) -> int:
         """How often it is encoded; what comes back is the same all the same."""
         calls.clear()
-        run = SimpleNamespace(out=tmp_path, rank=rank, point=point, wait=lambda: waits.append(1))
+        alone = lambda work, *given: waits.append(1) or (work(*given) if rank == 0 else None)
+        settings = SimpleNamespace(resume=resume, rendered=False)
+        about = {"digests": {"data": "0a"}}
+        run = SimpleNamespace(out=tmp_path, settings=settings, about=about, alone=alone)
         dataset, found = encoded.encode_once(run, "eval pairs", some, tokenizer, 11, 5)
         assert found == counts and counts["prompts cut"] > 0
         for field in dataclasses.fields(data.Dataset):
             ours, theirs = getattr(dataset, field.name), getattr(expected, field.name)
-            assert ours is theirs is None or np.array_equal(ours, theirs, equal_nan=True)
-            assert ours is None or ours.dtype == theirs.dtype
+            assert ours is theirs is None or ours.dtype == theirs.dtype
+            floats = field.name == "facts"
+            assert ours is theirs is None or np.array_equal(ours, theirs, equal_nan=floats)
         return len(calls)
 
     assert encode(examples) == 1 and encode(iter(examples)) == 1
-    assert encode([], rank=1) == 0 and encode([], point={"step": 4}) == 0 and len(waits) == 4
+    assert encode([], rank=1) == 0 and encode([], resume=True) == 0 and len(waits) == 4
     place = tmp_path / "encoded" / "eval_pairs"
     np.save(place / "tokens.npy", expected.tokens[:3])
-    (place / "counts.json").unlink()
-    assert encode(examples, point={"step": 4}) == 1, "it was killed while it encoded"
+    (place / "made_of.json").unlink()
+    assert encode(examples, resume=True) == 1, "it was killed while it encoded"
+    assert encode([], resume=True) == 0
     with pytest.raises(AttributeError):  # as if it were killed again
         encode([None])
-    assert not (place / "counts.json").exists()
+    assert not (place / "made_of.json").exists()
+
+
+def test_a_run_that_begins_again_takes_what_it_has_encoded(compared, world, tmp_path, monkeypatch):
+    """With --resume and without a state it is the same run from its beginning, of data that are
+    encoded already; of other data, or other limits, nothing that was there is taken."""
+    before, out, encode, calls = compared({}), tmp_path / "out", data.encode, []
+    monkeypatch.setattr(data, "encode", lambda *given: calls.append(1) or encode(*given))
+    shutil.copytree(before.out, out)
+    for change, count in (({}, 0), ({"max_length": 15, "max_prompt_length": 13}, 4), ({}, 4),
+                          ({"data": "@pairs2"}, 4), ({"data": "@pairs2"}, 0)):  # fmt: skip
+        calls.clear()
+        shutil.rmtree(out / "resume")
+        after = Run(world, BASE | change | {"resume": "true"}, out, tmp_path / "cwd")
+        assert (
+            after.printed[0] == f"{out} has no saved state yet: the run starts from the beginning"
+        )
+        assert len(calls) == count, "of both stages, each with what is held out"
+        if not change:
+            rest = before.facets.keys() - {"files", "printed"}
+            assert not [name for name in rest if not same(before.facets[name], after.facets[name])]
+        check_examples(after, "sft")
 
 
 def test_thousands_are_encoded_in_blocks_and_in_their_order(tokenizer):
