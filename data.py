@@ -95,8 +95,7 @@ class Tokenizer:
                 raise DataError(said[1]) from None
             why = str(error).rsplit("] ", 1)[-1].strip() or "is there any text?"
             raise DataError(f"no tokenizer of {vocab_size} pieces can be trained: {why}") from None
-        (directory / "tokenizer.new").write_bytes(model.getvalue())
-        (directory / "tokenizer.new").replace(directory / "tokenizer.model")
+        (directory / "tokenizer.model").write_bytes(model.getvalue())
 
     def encode(self, text: str | list[str], continuation: bool = False):
         """Ids of a text (or of each of a list), without BOS and EOS; decode gives the text back."""

@@ -2,8 +2,7 @@
 
 Without arguments it runs the built-in experiment from nothing, on whatever hardware is there. With
     --data=pairs.jsonl --eval_data=… --init_from=DIR
-it tunes a checkpoint on your preferences. `--help` lists the settings; every ablation is a loop:
-    for beta in 0.05 0.1 0.5; do python train.py --beta=$beta --out_dir=out/beta$beta; done
+it tunes a checkpoint on your preferences. `--help` lists the settings.
 """
 
 import argparse
@@ -118,8 +117,7 @@ class Run:
     """This process: its settings, rank, device and precision, and where rank 0 reports."""
 
     def __init__(self, settings: Settings):
-        self.settings, self.config = settings, dataclasses.asdict(settings)
-        self.out, self.wandb = Path(settings.out_dir), None
+        self.settings, self.out, self.wandb = settings, Path(settings.out_dir), None
         self.since, self.counts = 0.0, Counter()  # for `rates`
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -135,8 +133,8 @@ class Run:
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
-        self.about = {"settings": self.config, "ranks": self.world, "torch": torch.__version__}
-        # Stand-ins: extra/guard.py saves and loads states, and ends what is watched by a signal.
+        self.about = {"settings": dataclasses.asdict(settings), "ranks": self.world}
+        # Stand-ins: extra/guard.py saves and loads states, and a signal ends what is watched.
         self.save_state, self.load_state = lambda *_: None, lambda *_: (0, Counter())
         self.watch, self.saved_if_stopped = lambda items, *_: items, contextlib.nullcontext()
         self.save = lambda: None
@@ -158,11 +156,11 @@ class Run:
                 shutil.rmtree(place, ignore_errors=True)
             metrics.write_text("")
             llm.write_whole(self.out / "run.json", json.dumps(self.about, indent=2).encode())
-        if self.settings.wandb != "disabled":
+        if (mode := self.settings.wandb) != "disabled":
             import wandb
 
             where = {"project": "dpo", "name": self.out.name, "dir": self.out}
-            self.wandb = wandb.init(**where, mode=self.settings.wandb, config=self.config)
+            self.wandb = wandb.init(**where, mode=mode, config=self.about["settings"])
         return point if "state" in point else {}
 
     def alone(self, work: Callable, *inputs):
@@ -180,7 +178,7 @@ class Run:
         return dict(zip(sums, values))
 
     def rates(self) -> dict[str, float]:
-        """What was counted, a second since the last call, and the most memory so far, in GiB."""
+        """What was counted, a second since the last call; the most memory so far, in GiB."""
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
         rates = {f"{name}_per_second": float(n) / seconds for name, n in self.counts.items()}
         self.counts.clear()
@@ -188,7 +186,7 @@ class Run:
         return rates | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 or resident}
 
     def skip(self, stage: str, step: int, *_):
-        """Of a step without a finite loss and gradient. Raises DataError. (all ranks)"""
+        """A step without a finite loss and gradient. Raises DataError. (all ranks)"""
         raise data.DataError(f"{stage} diverged by step {step + 1}: lower its learning rate")
 
     def say(self, text: str):
@@ -210,10 +208,10 @@ class Run:
 
 
 def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]:
-    """The tokenizer, and, encoded, what both stages train on and are evaluated on. (all ranks)"""
+    """The tokenizer, and, encoded, what both stages learn and are evaluated on. (all ranks)"""
     s, sets, encode = run.settings, {}, lambda run, name, *inputs: data.encode(*inputs)
     with contextlib.suppress(ImportError):
-        from extra.encoded import encode_once as encode  # on disk, for all ranks and when resumed
+        from extra.encoded import encode_once as encode  # on disk, for all ranks
     if not (s.init_from or s.tokenizer or run.point):
         examples = data.read_examples(s.sft_data or s.data, "demonstrations", s.skip_bad_rows)
         run.alone(data.Tokenizer.train, examples, run.out / "encoded", s.vocab_size)
@@ -237,8 +235,8 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
 
 
 def load_model(run: Run, directory: str | Path, new: llm.ModelConfig | None) -> llm.Transformer:
-    """The checkpoint in `directory`, or a new model, on its device and sharded: first without
-    memory, then filled weight by weight, of which each rank reads its rows. (all ranks)"""
+    """The checkpoint in `directory`, or a new model, on its device, sharded before it has memory:
+    each rank reads its own rows. (all ranks)"""
     s = run.settings
     with torch.device("meta"):
         model = llm.Transformer(new or llm.load_config(directory))
@@ -333,7 +331,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         done = step + 1
         if done % s.log_every == 0 or done == steps:
             row = {"step": done, "epoch": done / per_epoch, "train/learning_rate": group["lr"]}
-            row |= dpo.averages(totals, "train") | run.rates()  # the first waits for the GPU
+            row |= dpo.averages(totals, "train") | run.rates()
             left = (steps - done) * s.batch_size / row["pairs_per_second"]
             run.record(stage, row, f"{row['pairs_per_second']:.0f} pairs/s, {left:.0f} s left")
             totals.clear()
@@ -346,13 +344,13 @@ def read_point(out: Path, whole: bool = False) -> dict:
         from extra.states import newest
 
         return newest(out, whole)
-    path = out / "run.json"  # without that room the same run, from its beginning
+    path = out / "run.json"  # without that room from its beginning
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def train(run: Run):
     """Both stages, from the text to the final checkpoint. (all ranks)"""
-    s, sft_dir = run.settings, run.out / "sft"  # the latter is what DPO starts from, if made here
+    s, sft_dir = run.settings, run.out / "sft"  # what DPO starts from, if made here
     if run.point.get("stage") == "done":
         return run.say(f"{run.out}: this run is finished")
     tokenizer, sets = load_data(run)
@@ -400,7 +398,7 @@ def main(arguments: list[str]):
         sys.exit(2)
     if run.world > 1:
         dist.barrier()
-        gc.collect()  # nothing may hold gloo's threads when the interpreter ends, or it can abort
+        gc.collect()  # nothing may hold gloo's threads when the interpreter ends
         dist.destroy_process_group()
 
 

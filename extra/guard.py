@@ -57,7 +57,7 @@ def protect(run):
 def begin(run):
     run.lock = hold(run.out)
     found = digests(run.settings)
-    run.about |= {"cwd": os.getcwd(), "digests": found}
+    run.about |= {"torch": torch.__version__, "cwd": os.getcwd(), "digests": found}
     if run.settings.resume:
         from extra.states import newest
 
