@@ -51,10 +51,10 @@ class Settings:
     warmup_steps: int = 20  # of linear warmup, in each stage; at most half of its steps
     weight_decay: float = 0.0  # decoupled, on matrices; adamw only
     grad_clip: float = 1.0  # largest norm of a step's gradient; 0: no clipping
-    batch_size: int = 64  # pairs (SFT: demonstrations) per optimizer step, over all ranks
+    batch_size: int = 64  # pairs (SFT: demonstrations) per step, over all ranks
     epochs: int = 1  # of the DPO stage; 0: none, stop after SFT
-    sft_epochs: int = 1  # of the SFT stage; 0: none, start DPO from init_from as it is
-    max_steps: int = 0  # stop each stage after so many steps; 0: run all epochs
+    sft_epochs: int = 1  # of the SFT stage; 0: none, DPO starts from init_from
+    max_steps: int = 0  # stop each stage after so many steps; 0: all epochs
     shuffle: bool = True  # a new order each epoch
     seed: int = 0  # of initialisation, order of the data and built-in data
     max_length: int = 512  # tokens of prompt and response; a longer response loses its end
@@ -66,13 +66,13 @@ class Settings:
     hidden_size: int = 128  # width of a new model
     num_layers: int = 2  # layers of a new model
     num_heads: int = 4  # attention heads of a new model
-    dtype: str = "auto"  # of matrix products: bfloat16, float32; auto: bfloat16 on CUDA only
+    dtype: str = "auto"  # of matrix products: bfloat16, float32; auto: bfloat16 on CUDA
     lora_rank: int = 0  # train adapters of this rank only (extra/lora.py); 0: all weights
     save_adapter: bool = False  # write the adapters, too, to out_dir/adapter, as peft does
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     log_every: int = 25  # steps
-    eval_every: int = 0  # steps; 0: before and after each stage only
+    eval_every: int = 0  # steps; 0: before and after each stage
     save_every: int = 0  # steps between states that --resume goes on from; 0: none
     wandb: str = "disabled"  # Weights & Biases: disabled, offline or online
     options: dict = dataclasses.field(default_factory=dict)  # of the loss
@@ -114,7 +114,7 @@ def parse_settings(arguments: list[str]) -> Settings:
 
 
 class Run:
-    """This process: its settings, rank, device and precision, and where rank 0 reports."""
+    """This process: settings, rank, device and precision, and where rank 0 reports."""
 
     def __init__(self, settings: Settings):
         self.settings, self.out, self.wandb = settings, Path(settings.out_dir), None
