@@ -999,9 +999,9 @@ def test_what_is_kept_and_cannot_be_used_is_computed_anew(keep, monkeypatch):
         assert computed and values != was and keep.ask()[:2] == (False, values)
     kept.write(path, np.array(was, np.float32))
     assert keep.ask()[0]
-    content = path.read_bytes()
-    flipped = content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
-    for content in (b"", content[:-1], content[:-32], flipped, b"junk"):
+    whole = path.read_bytes()
+    flipped = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]
+    for content in (b"", whole[:-1], whole[:-32], flipped, b"junk"):
         path.write_bytes(content)
         assert keep.ask()[0] and not keep.ask()[0]
     access = train.os.access
