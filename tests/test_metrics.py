@@ -198,13 +198,13 @@ class PlainTrainer:
         return result
 
     def save(self, stage: str):
-        """Adapters become part of the weights, and go on from there."""
+        """Adapters become part of the weights, and begin anew."""
         with torch.no_grad():
             self.saved[stage] = {n: w.detach().clone() for n, w in self.effective().items()}
             if self.s["lora_rank"]:
                 self.weights = self.saved[stage]
-                for (_, factor), parameter in self.trained.items():
-                    parameter.mul_(factor == "A")
+                for name, first in self.adapters().items():
+                    self.trained[name].copy_(first)
 
     def logp(self, tree: Tree, i: int) -> torch.Tensor:
         return plain_logp(self.config, self.effective(), tree.prompt, tree.responses[i])
@@ -574,14 +574,16 @@ def test_a_run_killed_while_saving_has_its_state_before(
     assert numbers(out) == numbers(done.out)
 
 
-def test_each_stage_can_be_run_alone(finish, world, shifted, tmp_path, monkeypatch):
-    """SFT, and DPO from what it saved, bit by bit as in one run; each reads its own data."""
-    done = finish("dpo")
+@pytest.mark.parametrize("name", ["dpo", "bco"])
+def test_each_stage_can_be_run_alone(name, finish, world, shifted, tmp_path, monkeypatch):
+    """SFT, and DPO from what it saved, bit by bit as in one run, also with adapters; each reads its
+    own data."""
+    done = finish(name)
     monkeypatch.setattr(dpo, "reference_logps", shifted)
     sft = done.settings | {"epochs": 0, "wandb": "disabled"}
     tune = done.settings | {"sft_epochs": 0, "wandb": "disabled", "files": ("data", "eval_data")}
-    for name in (*OBJECTIVE, "label_smoothing"):
-        del sft[name]
+    for ignored in (*OBJECTIVE, "label_smoothing"):
+        sft.pop(ignored, None)
     del tune["sft_learning_rate"]
     for stage, settings, start, whole, read in (
         ("sft", sft, world.base, done.out / "sft", ["sft", "sft eval"]),
