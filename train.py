@@ -350,7 +350,7 @@ def read_point(out: Path, whole: bool = False) -> dict:
 
 def train(run: Run):
     """Both stages, from the text to the final checkpoint. (all ranks)"""
-    s, sft_dir = run.settings, run.out / "sft"  # what DPO starts from, if made here
+    s, sft_dir = run.settings, run.out / "sft"  # what DPO starts from
     if run.point.get("stage") == "done":
         return run.say(f"{run.out}: this run is finished")
     tokenizer, sets = load_data(run)

@@ -39,8 +39,8 @@ OFF = (None, False, [], {}, "")
 
 def finish(model, directory: Path, run):
     """What becomes of adapters when their model is saved. (all ranks)"""
-    save(model, directory, run)  # first: once they are merged they are zero
-    lora.merge(model)
+    save(model, directory, run)  # first: once they are merged they begin anew
+    lora.merge(model, run.settings.seed)
 
 
 def save(model, directory: Path, run):

@@ -47,7 +47,7 @@ def protect(run):
     run.watch = lambda items, together=True: watch(run, items, together)
     run.alone = lambda work, *inputs: alone(run, work, *inputs)
     run.saved_if_stopped = saved_if_stopped(run)
-    run.skip = skips(run)
+    run.skipped, run.skip = {}, partial(skip, run)
     run.save_state, run.load_state = partial(states.save, run), partial(states.load, run)
     catch_signals(run)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
@@ -61,9 +61,9 @@ def begin(run):
     if run.settings.resume:
         from extra.states import newest
 
-        before = newest(run.out, whole=False).get("digests", {})
-        for name in found.keys() & before.keys():
-            if found[name] != before[name]:
+        before = newest(run.out, whole=False).get("digests", found)
+        for name in sorted(found.keys() | before.keys()):
+            if found.get(name) != before.get(name):
                 what = f"what --{name} names is not what this run began with"
                 raise DataError(f"--resume: {what}: begin another run, in another --out_dir")
 
@@ -162,21 +162,20 @@ def saved_if_stopped(run):
             signal.signal(number, handler)
 
 
-def skips(run) -> Callable:
+def skip(run, stage: str, step: int, train=None, examples=()):
     """What is done about a step without a finite loss and gradient, which changed nothing: it is
-    counted and logged, with the examples that were in it; ten in a row end the run. (all ranks)"""
-    steps = {}
-
-    def skip(stage: str, step: int, train=None, examples=()):
-        before = steps.setdefault(stage, [])
-        before.append(step)
-        if train is None or before[-10:] == [*range(step - 9, step + 1)]:
-            raise DataError(f"{stage} diverged by step {step + 1}: lower its learning rate")
-        where = b", ".join(train.where[examples]).decode()
-        row = {"step": step + 1, "train/skipped_steps": len(before)}
-        run.record(stage, row, f"is skipped, as loss or gradient is not finite: {where}")
-
-    return skip
+    counted and logged, with the examples that were in it; ten in a row end the run, as does an
+    evaluation that is not finite. (all ranks) Raises DataError."""
+    steps = run.skipped.setdefault(stage, [])
+    steps.append(step)
+    if steps in ([-1], [*range(10)]):  # no step has changed anything yet
+        what = f"{stage}: loss or gradient is not finite from the start"
+        raise DataError(f"{what}: look at the weights that it starts from, and at --beta")
+    if train is None or steps[-10:] == [*range(step - 9, step + 1)]:
+        raise DataError(f"{stage} diverged by step {step + 1}: lower its learning rate")
+    where = b", ".join(train.where[examples]).decode()
+    row = {"step": step + 1, "train/skipped_steps": len(steps)}
+    run.record(stage, row, f"is skipped, as loss or gradient is not finite: {where}")
 
 
 def prepare(model, directory: Path, run):

@@ -34,6 +34,7 @@ def save(run, stage: str, step: int, totals=(), model=None, optimizer=None):
     point = run.about | {"stage": stage, "step": step, "state": f"{stage}-{step}"}
     point["totals"] = {name: float(value) for name, value in dict(totals).items()}
     point["mean_logratio"] = float(run.mean_logratio)
+    point["skipped"] = run.skipped
     if point["state"] == run.point.get("state"):
         return
     new = run.out / "resume" / "new"
@@ -61,7 +62,10 @@ def finish(out: Path, point: dict, before: str | None):
     """Make a state of what is in resume/new; of the others only the one `before` it stays."""
     new = out / "resume" / "new"
     (new / "point.json").write_text(json.dumps(point), encoding="utf-8")
-    shutil.copy(out / "metrics.jsonl", new)
+    rows = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    if rows and is_evaluation(json.loads(rows[-1]), point):
+        rows.pop()  # who goes on from here evaluates this step again
+    (new / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
     files = sorted(new.iterdir())
     manifest = {file.name: [file.stat().st_size, sha256(file)] for file in files}
     (new / "manifest.json").write_text(json.dumps(manifest, indent=0), encoding="utf-8")
@@ -79,6 +83,12 @@ def finish(out: Path, point: dict, before: str | None):
             shutil.rmtree(old)
 
 
+def is_evaluation(row: dict, point: dict) -> bool:
+    """Whether a row of metrics is the evaluation of the very step that is saved."""
+    same = (row["stage"], row["step"]) == (point["stage"], point["step"])
+    return same and "eval/loss" in row
+
+
 def sync(path: Path):
     """What was written of a file, or into a directory, is on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
@@ -93,6 +103,7 @@ def load(run, stage: str, model, optimizer) -> tuple[int, Counter]:
     if run.point.get("stage") != stage:
         return 0, Counter()
     run.mean_logratio.fill_(run.point["mean_logratio"])
+    run.skipped = run.point.get("skipped", {})
     if run.point["step"]:
         read_tensors(run.out / "resume" / run.point["state"], model, optimizer)
     return run.point["step"], Counter(run.point["totals"])

@@ -83,7 +83,11 @@ def test_adapters_are_the_merged_model(shape, tmp_path):
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for _ in range(2):  # merging again adds nothing
-        lora.merge(model)
+        lora.merge(model, seed=7)
+        named = dict(model.named_parameters())
+        fresh = Transformer(SHAPES[shape]).double()
+        for name, first in lora.add(fresh, 3, seed=7).items():
+            assert torch.equal(named[name], first.double()), "as where this model is loaded"
         torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-10)
     save_pretrained(model, tmp_path)  # without the adapters
     assert read_weights(tmp_path).keys() == by_hand.keys()

@@ -3,6 +3,7 @@ sequence at a time, in float64, each formula written out."""
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -25,7 +26,7 @@ from test_model import plain_logits
 import data
 import dpo
 import train
-from extra import encoded, kept
+from extra import encoded, kept, states
 from model import ModelConfig, load_pretrained, save_pretrained
 
 RATES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
@@ -197,13 +198,13 @@ class PlainTrainer:
         return result
 
     def save(self, stage: str):
-        """Adapters become part of the weights, and go on from there."""
+        """Adapters become part of the weights, and begin anew."""
         with torch.no_grad():
             self.saved[stage] = {n: w.detach().clone() for n, w in self.effective().items()}
             if self.s["lora_rank"]:
                 self.weights = self.saved[stage]
-                for (_, factor), parameter in self.trained.items():
-                    parameter.mul_(factor == "A")
+                for name, first in self.adapters().items():
+                    self.trained[name].copy_(first)
 
     def logp(self, tree: Tree, i: int) -> torch.Tensor:
         return plain_logp(self.config, self.effective(), tree.prompt, tree.responses[i])
@@ -284,7 +285,7 @@ class PlainTrainer:
             window.update(sums | {"grad_norm": norm * sums["count"]})
             done = step + 1
             due = lambda every, done=done: every > 0 and done % every == 0
-            if due(s["log_every"]) or done == steps or due(s["save_every"]):
+            if due(s["log_every"]) or done == steps:
                 about = {"stage": stage, "step": done, "epoch": done / per_epoch}
                 self.log(about | {"train/learning_rate": rate}, "train", window)
                 window = Counter()
@@ -486,19 +487,32 @@ def test_what_is_saved_are_the_weights_of_the_last_step(name, finish, world):
         assert (directory / "tokenizer.model").read_bytes() == world.tokenizer.proto
 
 
-def test_the_last_state_alone_is_kept(finish):
-    """With its rows, and never that of a last step: the stage itself saves that."""
-    for name in ("dpo", "bco"):
+def test_the_last_two_states_are_kept(finish):
+    """With their rows, and never that of a last step: the stage itself saves that. That SFT is done
+    and that the run is done are states without tensors, which there are always."""
+    for name, before in (("dpo", "dpo-4"), ("bco", "dpo-4"), ("simpo", "dpo-0")):
         done = finish(name)
-        assert {path.name for path in (done.out / "resume").iterdir()} == {"dpo-4", "point.json"}
-        point = json.loads((done.out / "resume" / "point.json").read_text())
-        settings = json.loads((done.out / "run.json").read_text())["settings"]
-        where = {"state": "dpo-4", "cwd": os.getcwd()}
-        assert point == {"stage": "dpo", "step": 4, "settings": settings} | where
-        kept_rows = read_metrics(done.out / "resume" / "dpo-4")
-        rows = read_metrics(done.out)
-        assert kept_rows == rows[: len(kept_rows)] and rows[len(kept_rows)]["step"] > 4
-    assert not (finish("simpo").out / "resume").exists()
+        places = {path.name: path for path in (done.out / "resume").iterdir()}
+        assert places.keys() == {"done-0", before}
+        about, rows = json.loads((done.out / "run.json").read_text()), read_metrics(done.out)
+        for place in places.values():
+            point = json.loads((place / "point.json").read_text())
+            stage, step = place.name.split("-")
+            where = {"stage": stage, "step": int(step), "state": place.name, "skipped": {}}
+            totals, mean = point.pop("totals"), point.pop("mean_logratio")
+            assert point == about | where
+            assert bool(totals) == (name == "dpo" and step == "4"), "rows of three steps, then"
+            assert (mean != 0) == (place.name not in ("dpo-0",)) and math.isfinite(mean)
+            files = {path.name for path in place.iterdir()}
+            own = {"state.safetensors"} if step == "4" else set()
+            assert files == {"point.json", "metrics.jsonl", "manifest.json"} | own
+        assert read_metrics(places["done-0"]) == rows
+        kept_rows = read_metrics(places[before])
+        assert kept_rows == rows[: len(kept_rows)]
+        after, stage = rows[len(kept_rows)], before.split("-")[0]
+        evaluated = "eval/loss" in after and after["step"] == int(before.split("-")[1])
+        assert after["stage"] == stage and (evaluated or after["step"] > int(before[-1]))
+        assert evaluated == (name == "dpo"), "what is evaluated at that step is evaluated again"
 
 
 def test_a_new_run_reads_its_own_data(world, tmp_path):
@@ -518,51 +532,58 @@ def test_no_example_is_lost_between_blocks():
     assert list(encoded.encode_ahead(iter(examples), None)) == examples
 
 
-@pytest.mark.parametrize(("killed_at", "left"), [("dpo-2", "sft-2"), ("dpo-4", "dpo-2")])
+@pytest.mark.parametrize(
+    ("killed_at", "left"), [("dpo-2", ["dpo-0", "sft-2"]), ("dpo-4", ["dpo-2", "dpo-0"])]
+)
 def test_a_run_killed_while_saving_has_its_state_before(
     killed_at, left, finish, world, shifted, tmp_path, monkeypatch
 ):
-    """When an old state goes, point.json names the new one, which is whole."""
-    import torch.distributed.checkpoint as dcp
-
-    done, out, save, rmtree = finish("dpo"), tmp_path / "out", dcp.save, shutil.rmtree
+    """And the one before; when an old state goes, the new one is there, which is whole."""
+    done, out = finish("dpo"), tmp_path / "out"
+    write, rmtree, removed = train.llm.write_safetensors, shutil.rmtree, []
     monkeypatch.setattr(dpo, "reference_logps", shifted)
     monkeypatch.setitem(sys.modules, "wandb", Logged())
 
-    def killed(state, checkpoint_id, **options):
-        save(state, checkpoint_id=checkpoint_id, **options)
-        if checkpoint_id.name == killed_at:
+    def killed(path, tensors, writes=True):
+        write(path, tensors, writes)
+        there = [place.name for place in states.places_in(out)]
+        if path.name == "state.safetensors" and there == left and left[0] != "sft-2":
             raise KeyboardInterrupt
 
     def watched(path, *rest, **options):
-        if Path(path).parent == out / "resume":
-            point = json.loads((out / "resume" / "point.json").read_text())
-            new = out / "resume" / point["state"]
-            assert new != path and (new / ".metadata").is_file()
+        if Path(path).parent == out / "resume" and Path(path).is_dir() and path.name != "new":
+            new, before, *others = states.places_in(out)
+            assert path in others and states.read(new, whole=True) and states.read(before, True)
             assert read_metrics(new) == read_metrics(out)
+            removed.append(path.name)
         rmtree(path, *rest, **options)
 
-    monkeypatch.setattr(dcp, "save", killed)
+    monkeypatch.setattr(train.llm, "write_safetensors", killed)
     monkeypatch.setattr(shutil, "rmtree", watched)
     where = [f"--init_from={world.base}", f"--out_dir={out}"]
     with pytest.raises(KeyboardInterrupt):
         train_here(*flags_of(done.settings, world), *where)
-    monkeypatch.setattr(dcp, "save", save)
-    assert json.loads((out / "resume" / "point.json").read_text())["state"] == left
+    monkeypatch.setattr(train.llm, "write_safetensors", write)
+    assert [place.name for place in states.places_in(out)] == left
+    assert {path.name for path in (out / "resume").iterdir()} == {*left, "new"}
     train_here(f"--data={world.paths['data']}", f"--out_dir={out}", "--resume")
+    assert removed == ["sft-2", "dpo-0", "dpo-2"], "each once"
+    assert {path.name for path in (out / "resume").iterdir()} == {"dpo-4", "done-0"}
     whole, parts = (load_pretrained(path).state_dict() for path in (done.out, out))
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
     assert numbers(out) == numbers(done.out)
 
 
-def test_each_stage_can_be_run_alone(finish, world, shifted, tmp_path, monkeypatch):
-    """SFT, and DPO from what it saved, bit by bit as in one run; each reads its own data."""
-    done = finish("dpo")
+@pytest.mark.parametrize("name", ["dpo", "bco"])
+def test_each_stage_can_be_run_alone(name, finish, world, shifted, tmp_path, monkeypatch):
+    """SFT, and DPO from what it saved, bit by bit as in one run, also with adapters; each reads its
+    own data."""
+    done = finish(name)
     monkeypatch.setattr(dpo, "reference_logps", shifted)
     sft = done.settings | {"epochs": 0, "wandb": "disabled"}
     tune = done.settings | {"sft_epochs": 0, "wandb": "disabled", "files": ("data", "eval_data")}
-    for name in (*OBJECTIVE, "label_smoothing"):
-        del sft[name]
+    for ignored in (*OBJECTIVE, "label_smoothing"):
+        sft.pop(ignored, None)
     del tune["sft_learning_rate"]
     for stage, settings, start, whole, read in (
         ("sft", sft, world.base, done.out / "sft", ["sft", "sft eval"]),
@@ -624,7 +645,8 @@ def expected_lines(done: Done, world: World, out: Path, first: int = 0) -> list[
                 lines.append("step 0: the largest log-ratio is X nats (tolerance 0.01)")
         lines.append(f"{stage}: {examples} examples, steps {first} to {steps} of 3")
         for row in read_metrics(out):
-            if row["stage"] == stage and row["step"] >= first + (first > 0):
+            again = row["step"] == first and "eval/loss" in row  # a state is from before it
+            if row["stage"] == stage and (row["step"] > first or again):
                 lines.append(shown_of(row, s, steps))
     return [*lines, f"saved {out}"]
 
@@ -666,12 +688,23 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
 
 
+def digest_of(files: list[Path]) -> str:
+    """SHA-256 of the files' own, in hexadecimal, one after the other."""
+    own = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256(own.encode()).hexdigest()
+
+
 def test_run_json_holds_the_settings_as_they_are(finish, world):
     for name in CASES:
         done = finish(name)
         about = json.loads((done.out / "run.json").read_text())
-        assert about.keys() == {"settings", "ranks", "torch"}
+        assert about.keys() == {"settings", "ranks", "torch", "cwd", "digests"}
         assert about["ranks"] == 1 and about["torch"] == torch.__version__
+        assert about["cwd"] == os.getcwd()
+        names = ("config.json", "model.safetensors", "tokenizer.model")
+        files = {name: [Path(world.paths[name])] for name in done.settings["files"]}
+        files["init_from"] = [world.base / name for name in names]
+        assert about["digests"] == {name: digest_of(each) for name, each in files.items()}
         settings = {n: x for n, x in done.settings.items() if n not in ("files", "option")}
         options = {n: settings.pop(n) for n in OPTIONS if n in settings}
         given = {name: world.paths[name] for name in done.settings["files"]} | settings
@@ -715,8 +748,8 @@ def test_rates_count_training_alone(world, tmp_path, monkeypatch):
         return taken[-1]
 
     slowly(dpo, "take_step", a_step)
-    for module, name in ((dpo, "evaluate"), (dpo, "reference_logps"), (train, "save_state"),
-                         (train, "save_model"), (train, "load_model"), (train, "load_state"),
+    for module, name in ((dpo, "evaluate"), (dpo, "reference_logps"), (states, "save"),
+                         (train, "save_model"), (train, "load_model"), (states, "load"),
                          (train, "load_data")):  # fmt: skip
         slowly(module, name, lambda: 1000.0)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -727,7 +760,7 @@ def test_rates_count_training_alone(world, tmp_path, monkeypatch):
     run = lambda out: train_here(*flags_of(settings, world), f"--init_from={world.base}", out)
     printed = run(f"--out_dir={tmp_path}")
     rows = [row for row in read_metrics(tmp_path) if "epoch" in row]
-    steps = {"sft": [[1, 2], [3, 4]], "dpo": [[5, 6], [7, 8], [9], [10]]}  # logged together
+    steps = {"sft": [[1, 2], [3, 4]], "dpo": [[5, 6], [7, 8], [9, 10]]}  # logged together
     batches = {"sft": [[0, 1, 2], [3, 4]] * 2, "dpo": [[0, 1, 2], [3, 4, 5], [6]] * 2}
     trees = {"sft": world.trees["sft_data"], "dpo": world.trees["data"]}
     for stage, windows in steps.items():
@@ -750,7 +783,7 @@ def test_rates_count_training_alone(world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**29)
     run(f"--out_dir={tmp_path / 'cuda'}")
     rows = [row for row in read_metrics(tmp_path / "cuda") if "epoch" in row]
-    assert len(rows) == 6 and all(row["peak_memory_gib"] == 2.5 for row in rows)
+    assert len(rows) == 5 and all(row["peak_memory_gib"] == 2.5 for row in rows)
 
 
 def test_rates_are_those_of_all_ranks_together(world, tmp_path, monkeypatch):
@@ -765,7 +798,7 @@ def test_rates_are_those_of_all_ranks_together(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dpo, "take_step", slowly)
     run.total = lambda sums: {name: torch.as_tensor(x).double() for name, x in sums.items()}
-    run.world = 2
+    run.world, run.watch = 2, lambda items: items
     dataset, model = dataset_of(world.trees["sft_data"][:3]), load_pretrained(world.base)
     train.train_stage("sft", model, dataset, None, dpo.sft_loss, 1, 1e-3, run)
     [row] = read_metrics(tmp_path)
@@ -808,19 +841,21 @@ def test_a_reference_that_is_not_the_policy_is_refused(
     """Whichever response of the first batch it is, in either direction; what is said is by how much
     the worst differs. Not a number is refused, too."""
     run, model = a_run(world, tmp_path, f"--dtype={dtype}"), load_pretrained(world.base)
-    dataset, by = dataset_of(world.trees["data"]), torch.zeros(15, dtype=torch.float64)
-    monkeypatch.setattr(kept, "kept", lambda compute, *_: compute() + by)
+    dataset, by, exact = dataset_of(world.trees["data"]), np.zeros(15), []
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "check", lambda values, *_: exact.append(values.numpy()))
+        train.with_reference(dataset, model, "", run)
+    monkeypatch.setattr(kept, "find", lambda *_: (Path("kept.npy"), exact[0] + by))
     check = lambda: train.with_reference(dataset, model, "place", run)
     for response in range(7):  # of three examples, one of which is a ranking
         for sign in (-1, 1):
-            by.zero_()
+            by[:] = 0
             by[response], by[(response + 1) % 7] = sign * 0.95 * tolerance, -sign * 0.7 * tolerance
             capsys.readouterr()
             check()
             said = capsys.readouterr().out
-            worst = float(
-                re.fullmatch(r"step 0: the largest log-ratio is (\S+) nats .*\n", said)[1]
-            )
+            words = "reference: 15 log-probs found in kept.npy\nstep 0: the largest log-ratio is"
+            worst = float(re.fullmatch(rf"{words} (\S+) nats .*\n", said)[1])
             assert worst == pytest.approx(0.95 * tolerance, rel=0.1)
             assert said.endswith(f"(tolerance {tolerance})\n")
             by[response] = sign * 1.2 * tolerance
@@ -832,10 +867,18 @@ def test_a_reference_that_is_not_the_policy_is_refused(
             assert float(number[1]) == pytest.approx(1.2 * tolerance, rel=0.1)
             where = f"delete reference-*.npy in place or {tmp_path}/encoded"
             assert str(error.value).endswith(where)
-    by.zero_()
-    by[3] = math.nan
-    with pytest.raises(data.DataError, match="differ by nan"):
+    by[:] = 0
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    with pytest.raises(data.DataError, match="differ by nan nats"):
+        check()  # what is kept is finite, and what these weights say is not
+    by[3] = math.nan  # not kept, and so computed
+    sentence = "^place: log-probs by these weights are not finite$"
+    with pytest.raises(data.DataError, match=sentence):
         check()
+    sentence = "^the new model: log-probs by these weights are not finite$"
+    with pytest.raises(data.DataError, match=sentence):
+        train.with_reference(dataset, model, "", run)
 
 
 def test_both_data_sets_are_checked_and_bf16_begins_at_log_2(world, tmp_path, monkeypatch):
@@ -853,31 +896,39 @@ def test_both_data_sets_are_checked_and_bf16_begins_at_log_2(world, tmp_path, mo
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["eval/rewards/accuracies"] == second["train/rewards/accuracies"] == 0
     assert first["eval/rewards/ties"] == second["train/rewards/ties"] == pytest.approx(1)
+    find = kept.find
     for shifted_one in (15, 9):  # responses of the pairs, and of the evaluation pairs
-        by = lambda dataset, one=shifted_one: 1.0 * (dataset.responses() == one)
-        wrong = lambda compute, dataset, *_, by=by: compute() + by(dataset)
-        monkeypatch.setattr(kept, "kept", wrong)
+
+        def wrong(dataset, *others, one=shifted_one):
+            path, values = find(dataset, *others)
+            return path, values + 1.0 * (dataset.responses() == one)
+
+        monkeypatch.setattr(kept, "find", wrong)
         with pytest.raises(data.DataError, match="must agree at step 0, but differ by 1 nats"):
             train_here(*flags)
 
 
 @pytest.fixture
-def keep(world, tmp_path, capsys):
-    """Ask for a reference of a data set: whether it was computed, what came, what was said."""
+def keep(world, tmp_path, capsys, monkeypatch):
+    """Ask for a reference of a data set: whether it was computed, what came, what was said. What
+    comes, and nothing else, is checked, once."""
     base, run = tmp_path / "base", a_run(world, tmp_path / "out")
     shutil.copytree(world.base, base)
     model, count = load_pretrained(base), [0.0]
     dataset = random_dataset([[2, 3, 4], [3, 2, 2, 5]], vocab=200)
 
     def ask(dataset=dataset, model=model, directory=base):
-        before = count[0]
+        before, checked = count[0], []
 
-        def compute():
+        def compute(examples):
+            assert examples.tolist() == [0, 1]
             count[0] += 1
             return torch.arange(5).double() / 3 + count[0]
 
         capsys.readouterr()
+        monkeypatch.setattr(kept, "check", lambda *inputs: checked.append(inputs))
         values = kept.kept(compute, dataset, model, directory, run)
+        assert checked == [(values, compute, dataset, directory, run)]
         assert values.dtype == torch.float64 and values.shape == (5,)
         return count[0] > before, values.tolist(), capsys.readouterr().out
 
@@ -920,7 +971,6 @@ def test_what_makes_another_reference(keep, monkeypatch):
         patch.setattr(torch, "__version__", "0.1")
         assert keep.ask()[0]
     with monkeypatch.context() as patch:
-        patch.setattr(keep.run, "total", lambda sums: {k: torch.tensor(x) for k, x in sums.items()})
         patch.setattr(keep.run, "device", torch.device("meta"))
         assert keep.ask()[0]
     assert keep.ask()[:2] == (False, was)
@@ -946,10 +996,14 @@ def test_what_is_kept_and_cannot_be_used_is_computed_anew(keep, monkeypatch):
     was = keep.ask()[1]
     [path] = keep.base.glob("reference-*")
     for wrong in (was[:4], was + was, [*was[:4], math.nan], [math.inf, *was[1:]], [was]):
-        np.save(path, np.array(wrong))
+        kept.write(path, np.array(wrong))
         computed, values, _ = keep.ask()
         assert computed and values != was and keep.ask()[:2] == (False, values)
-    for content in (b"", path.read_bytes()[:-1], b"junk"):
+    kept.write(path, np.array(was, np.float32))
+    assert keep.ask()[0]
+    whole = path.read_bytes()
+    flipped = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]
+    for content in (b"", whole[:-1], whole[:-32], flipped, b"junk"):
         path.write_bytes(content)
         assert keep.ask()[0] and not keep.ask()[0]
     access = train.os.access
@@ -967,14 +1021,28 @@ def test_what_is_kept_and_cannot_be_used_is_computed_anew(keep, monkeypatch):
 
 
 def test_a_run_that_diverges_says_where(world, tmp_path):
-    """Its stage and step; what it logged before is there, and its settings, and no checkpoint."""
+    """Its stage and step; what it logged before is there, and its settings, and no checkpoint. A
+    step that is not finite is skipped; ten of them, or the weights, end the run."""
     settings = COMMON | {"files": ("data", "sft_data"), "learning_rate": 1e30, "log_every": 1}
-    flags = [*flags_of(settings, world), f"--init_from={world.base}"]
-    with pytest.raises(data.DataError, match=r"^dpo diverged by step 2: lower its learning rate$"):
-        train_here(*flags, f"--out_dir={tmp_path}")
-    rows = [(row["stage"], row["step"]) for row in read_metrics(tmp_path)]
-    assert rows == [("sft", 1), ("sft", 2), ("sft", 3), ("sft", 4), ("dpo", 1)]
-    assert (tmp_path / "run.json").is_file() and not (tmp_path / "config.json").exists()
+    where = [f"--init_from={world.base}", f"--out_dir={tmp_path}"]
+    weights = r"the model diverged: its weights, \S+ by root mean square, are not saved: lower the"
+    sft, finite, skipped = [("sft", n) for n in (1, 2, 3, 4)], [("dpo", 1)], []
+    for step in range(2, 12):
+        skipped += [("dpo", step, step - 1), ("dpo", step)]  # the second is without a loss
+    for flags, sentence, rows in (
+        ([], f"^{weights} learning rate$", [*sft, *finite, *skipped[:10]]),
+        (["--epochs=9"], "^dpo diverged by step 11: lower its learning rate$",
+         [*sft, *finite, *skipped[:18]]),
+    ):  # fmt: skip
+        with pytest.raises(data.DataError, match=sentence):
+            train_here(*flags_of(settings, world), *where, *flags)
+        found = read_metrics(tmp_path)
+        names = ("stage", "step", "train/skipped_steps")
+        assert [tuple(row[name] for name in names if name in row) for row in found] == rows
+        counted = [row for row in found if "train/skipped_steps" in row]
+        assert all(row.keys() == {*names} for row in counted)
+        assert (tmp_path / "run.json").is_file() and not (tmp_path / "config.json").exists()
+        shutil.rmtree(tmp_path / "resume")
 
 
 def test_one_process_alone_reports(world, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from conftest import SHAPES, make_model, read_metrics, run_here, turns, write_js
 import data
 import sample
 import train
-from extra import reward
+from extra import reward, states
 from extra.checkpoints import ends
 from model import CheckpointError, load_pretrained, save_pretrained
 
@@ -304,50 +304,83 @@ def test_a_run_that_may_be_stopped_says_resume_always(tmp_path, monkeypatch):
     assert begun.count("no saved state") == 1 and "sft: 8 examples, steps 0 to 2" in begun
     whole, saved = ((here / out / "model.safetensors").read_bytes() for out in ("whole", "o"))
     assert saved == whole
-    point = json.loads((here / "o" / "resume" / "point.json").read_text())
+    assert [place.name for place in states.places_in(here / "o")] == ["done-0", "dpo-6"]
+    point = json.loads((here / "o" / "resume" / "dpo-6" / "point.json").read_text())
     assert point["step"] == 6 and point["cwd"] == str(here)
     assert point["settings"]["data"] == "pairs.jsonl,./eval.jsonl"
-    (here / "o" / "model.safetensors").unlink()
     monkeypatch.chdir(there)
     moved = [f"--data={here}/pairs.jsonl,../here/eval.jsonl", "--eval_data=../here/eval.jsonl"]
     moved += [f"--sft_data={here}/../here/sft.jsonl", "--out_dir=../here/o", "--resume"]
-    resumed = run_here("train.py", *moved).stdout
-    assert "steps 6 to 8" in resumed and "no saved state" not in resumed
-    assert (here / "o" / "model.safetensors").read_bytes() == whole
+    for flags in (moved, ["--data=../here/eval.jsonl,../here/sft.jsonl", *moved[3:]]):
+        (here / "o" / "model.safetensors").unlink()  # the other files have the same contents
+        resumed = run_here("train.py", *flags).stdout
+        assert "steps 6 to 8" in resumed and "no saved state" not in resumed
+        assert (here / "o" / "model.safetensors").read_bytes() == whole
 
 
-def test_the_same_file_is_the_same_setting(tmp_path, monkeypatch):
-    """By where its path leads: from where the run was started, and from here. Others are refused,
-    and so is a run that is not there, or not whole."""
+def test_the_same_contents_are_the_same_setting(tmp_path, monkeypatch):
+    """Wherever they are, and wherever the run is resumed. Others are refused by name, and so is what
+    comes, goes or has changed where it is, and a run that is not there, or not whole."""
     started, out = tmp_path / "started", tmp_path / "out"
-    (out / "resume").mkdir(parents=True)
     started.mkdir()
     (tmp_path / "link").symlink_to(started)
-    monkeypatch.chdir(tmp_path)
+    rows = {"a": FRUIT[:3], "b": FRUIT[3:], "c": FRUIT[1:], "copy of c": FRUIT[1:], "d": FRUIT[2:]}
+    for name, each in rows.items():
+        write_jsonl(started / f"{name}.jsonl", each)
     config = replace(SHAPES["tied"], vocab_size=300)
-    save_pretrained(make_model(config), started / "base")
-    names = {"data": "a.jsonl,b.jsonl", "eval_data": "c.jsonl", "init_from": "base"}
-    point = {"settings": vars(train.Settings(**names)), "cwd": str(started)}
-    (out / "resume" / "point.json").write_text(json.dumps(point))
-    parse = lambda *flags: train.parse_settings(["--resume", "--out_dir=out", *flags])
+    for name in ("base", "other"):
+        save_pretrained(make_model(config), started / name)
+        make_model(config)  # draws
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        shutil.copy(started / "base" / name, tmp_path / "base")
+    monkeypatch.chdir(started)
+    names = ["--data=a.jsonl,b.jsonl", "--eval_data=c.jsonl", "--init_from=base"]
+    train.Run(train.parse_settings([*names, f"--out_dir={out}"])).save_state("dpo", 0)
+    monkeypatch.chdir(tmp_path)
+
+    def resume(*flags) -> train.Settings:
+        run = train.Run(train.parse_settings(["--resume", "--out_dir=out", *flags]))
+        assert run.point["state"] == "dpo-0"
+        return run.settings
+
     both = f"--data={started}/a.jsonl,link/b.jsonl"
-    settings = parse(both, "--eval_data=./started/c.jsonl", "--init_from=started/base/")
-    assert settings.eval_data == "./started/c.jsonl", "as it is now"
+    own = resume()
+    assert own.data == f"{started}/a.jsonl,{started}/b.jsonl" and own.init_from == f"{started}/base"
+    assert own.eval_data == f"{started}/c.jsonl" and own.sft_data == own.tokenizer == ""
+    settings = resume(both, "--eval_data=./started/copy of c.jsonl", "--init_from=base")
+    assert settings.eval_data == "./started/copy of c.jsonl", "as it is now"
+    resume("--init_from=started/base/")
+    refused = "^--resume: what --{} names is not what this run began with: begin another run, in"
     for flags in (
         [f"--data={started}/b.jsonl,{started}/a.jsonl"], [f"--data={started}/a.jsonl"],
-        ["--eval_data=started/d.jsonl"], ["--eval_data="], ["--tokenizer=started"], ["--init_from=started"],
+        [f"--data={started}/none.jsonl"], ["--eval_data=started/d.jsonl"], ["--eval_data="],
+        ["--sft_data=started/a.jsonl"], ["--init_from=started/other"], ["--init_from="],
     ):  # fmt: skip
-        name = flags[0][2:].split("=")[0]
-        with pytest.raises(data.DataError, match=f"^--resume: {name} is .*, but was "):
-            parse("--init_from=started/base", *flags)
+        with pytest.raises(data.DataError, match=refused.format(flags[0][2:].split("=")[0])):
+            resume(*flags)
+    with pytest.raises(data.DataError, match="--tokenizer would be ignored: --init_from brings"):
+        resume("--tokenizer=started")
+    before = (started / "c.jsonl").read_text()
+    write_jsonl(started / "c.jsonl", [*FRUIT[1:-1], FRUIT[-1] | {"id": 1}])
+    with pytest.raises(data.DataError, match=refused.format("eval_data")):
+        resume()
+    (started / "c.jsonl").write_text(before)
+    write_jsonl(started / "base" / "tokenizer_config.json", [{}])
+    with pytest.raises(data.DataError, match=refused.format("init_from")):
+        resume()
+    (started / "base" / "tokenizer_config.json").unlink()
+    resume()
+    (out / "resume" / "dpo-0" / "point.json").write_text('{"stage": "d')
+    sentence = (
+        "^out/resume: none of the states there is whole: without --resume the run starts from"
+    )
+    with pytest.raises(data.DataError, match=sentence):
+        resume(both)
     shutil.rmtree(out / "resume")
-    with pytest.raises(data.DataError, match="point.json: cannot be read: --save_every leaves a"):
-        parse("--eval_data=c.jsonl")
-    assert parse(both).data == both.removeprefix("--data=")
-    (out / "resume").mkdir()
-    (out / "resume" / "point.json").write_text('{"stage": "d')
-    with pytest.raises(data.DataError, match="point.json: cannot be read: --save_every leaves a"):
-        parse(both)
+    with pytest.raises(data.DataError, match="^out: there is no state to resume; with --data the"):
+        resume("--eval_data=c.jsonl")
+    assert train.parse_settings(["--resume", "--out_dir=out", both]).data == both[7:]
 
 
 def test_one_process_says_where_a_run_begins(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ import data
 import dpo
 import train
 from experiments import reviews
+from extra import kept, states
 from extra.objectives import LOSSES
 from model import load_pretrained, save_pretrained
 
@@ -142,14 +143,15 @@ def test_reference_is_reused_and_checked(done, files, tmp_path):
     for path in originals:
         path.write_bytes(path.read_bytes()[:-9])  # as if it had been killed
     assert run("torn").stdout.count("log-probs computed") == 2
-    whole = [path for path, x in originals.items() if path.stat().st_size == x.nbytes + 128]
+    size = lambda values: values.nbytes + 128 + 32  # with numpy's header, and the digest
+    whole = [path for path, x in originals.items() if path.stat().st_size == size(x)]
     assert len(whole) == 2 and all((np.load(path) == originals[path]).all() for path in whole)
 
     def run_with(shift: float, expect: int):
         for path, values in originals.items():
             values = values.copy()
             values[0::2] += shift  # the chosen responses
-            np.save(path, values)
+            kept.write(path, values)
         return run("shifted", "--max_steps=1", expect=expect)
 
     refused = run_with(1.0, expect=2).stderr
@@ -245,16 +247,19 @@ def test_all_features_on_two_ranks_and_resumed(files, tmp_path):
     out, again = tmp_path / "whole", tmp_path / "again"
     run_script("train.py", *SMALL, *TINY, SFT, *files, *flags, f"--out_dir={out}", ranks=2)
     shutil.copytree(out, again)
-    assert {p.name for p in (again / "resume").iterdir()} == {"dpo-6", "point.json"}
+    assert {p.name for p in (again / "resume").iterdir()} == {"dpo-6", "done-0"}
     (again / "config.json").unlink()  # as if it had been killed in its last step
-    resumed = run_script(
-        "train.py", f"--out_dir={again}", "--data=x", "--resume", ranks=2, expect=1
-    )
-    assert "--resume: data is 'x', but was" in resumed.stderr
+    other = f"--data={files[1].split('=')[1]}"
+    refused = run_script("train.py", f"--out_dir={again}", other, "--resume", ranks=2, expect=1)
+    sentence = """train.py: --resume: what --data names is not what this run began with: begin
+        another run, in another --out_dir\n"""
+    assert refused.stderr.count(" ".join(sentence.split())) == 1, "rank 0 alone says so"
     resumed = run_script("train.py", files[0], f"--out_dir={again}", "--resume", ranks=2)
     assert "steps 6 to 8" in resumed.stdout
     rows = [without_rates(read_metrics(directory)) for directory in (out, again)]
     assert rows[0] == rows[1] and rows[0][-1]["step"] == 8
+    last = [directory / "resume/dpo-6/state.safetensors" for directory in (out, again)]
+    assert last[0].read_bytes() == last[1].read_bytes()
     assert all(torch.equal(w, weights(again)[name]) for name, w in weights(out).items())
 
 
@@ -277,10 +282,13 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [4, 8, 12])  # in SFT, at its last state, in DPO
+@pytest.mark.parametrize(  # in SFT, at its last state, at the start of DPO, in DPO
+    ("stop_at", "first"), [(4, "sft-3"), (8, "sft-6"), (10, "dpo-0"), (12, "dpo-3")]
+)
 @pytest.mark.parametrize("extra", [[], ["--lora_rank=3"], ["--loss=kto", "--optimizer=rmsprop"]])
-def test_resume_is_bit_identical(stop_at, extra, files, tmp_path, monkeypatch):
-    """Stopped at a step and resumed, with the reference cache gone: the same weights and metrics."""
+def test_resume_is_bit_identical(stop_at, first, extra, files, tmp_path, monkeypatch, capsys):
+    """Stopped at a step and resumed, with the reference cache gone: the same weights, moments and
+    metrics."""
     flags = [*files, "--save_every=3", "--epochs=2", *extra]
     train_here(tmp_path / "whole", *flags)
     step, calls = dpo.take_step, itertools.count(1)
@@ -299,7 +307,13 @@ def test_resume_is_bit_identical(stop_at, extra, files, tmp_path, monkeypatch):
     out = f"--out_dir={tmp_path / 'parts'}"
     with pytest.raises(data.DataError, match="beta is 0.7, but was 1.0"):
         train.parse_settings([*files, out, "--resume", "--beta=0.7"])
+    capsys.readouterr()
     train.train(train.Run(train.parse_settings([files[0], out, "--resume"])))  # by its own settings
+    printed, (stage, step) = capsys.readouterr().out, first.split("-")
+    steps = [line for line in printed.splitlines() if " examples, steps " in line]
+    assert steps[0].startswith(f"{stage}: ") and f"steps {step} to " in steps[0]
+    last = [tmp_path / name / "resume/dpo-6/state.safetensors" for name in ("whole", "parts")]
+    assert last[0].read_bytes() == last[1].read_bytes()
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     rows = [without_rates(read_metrics(tmp_path / name)) for name in ("whole", "parts")]
@@ -310,11 +324,13 @@ def test_a_fresh_start_removes_what_another_run_left(files, tmp_path):
     """A state is resumed by its own run alone: not by one with other settings that died before its
     first state."""
     train_here(tmp_path, *files, "--save_every=3")
-    assert (tmp_path / "resume" / "point.json").is_file()
+    names = [path.name for path in states.places_in(tmp_path)]
+    assert names == ["done-0", "dpo-3"]
     train.Run(train.parse_settings([*SMALL, *TINY, *files, f"--out_dir={tmp_path}", "--beta=0.5"]))
-    with pytest.raises(data.DataError, match="--save_every leaves a state to resume"):
+    with pytest.raises(data.DataError, match="no state to resume; with --data the run begins$"):
         train.Run(train.parse_settings([f"--out_dir={tmp_path}", "--resume"]))
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["beta"] == 0.5
 
 
 def test_your_own_files(tmp_path):
@@ -380,9 +396,9 @@ def test_llama_on_stack_exchange_paired(tmp_path):
     ]
     mine = {"--init_from": base, "--data": path, "--out_dir": tmp_path / "sft"}
     for flags, run in ((sft, run_here), (dpo, functools.partial(run_script, ranks=2))):
-        kept = [flag for flag in flags if flag.split("=")[0] not in (*mine, "--eval_data")]
+        same = [flag for flag in flags if flag.split("=")[0] not in (*mine, "--eval_data")]
         given = [f"{name}={value}" for name, value in mine.items()]
-        printed = run("train.py", *kept, *given, *small).stdout
+        printed = run("train.py", *same, *given, *small).stdout
         assert "40 examples" not in printed and "20 examples" in printed
         mine = {"--init_from": tmp_path / "sft", "--data": path, "--out_dir": tmp_path / "dpo"}
     assert "step 0: the largest log-ratio" in printed
@@ -459,9 +475,10 @@ def test_what_is_no_setting_is_refused(flags, message, capsys):
 
 
 def test_more_misuse_is_refused(files, tmp_path, capsys):
-    with pytest.raises(data.DataError, match="--save_every leaves a state to resume"):
+    sentence = f"^{tmp_path}: there is no state to resume; with --data the run begins$"
+    with pytest.raises(data.DataError, match=sentence):
         train.parse_settings([f"--out_dir={tmp_path}", "--resume"])
-    with pytest.raises(data.DataError, match="diverged"):
+    with pytest.raises(data.DataError, match="^the model diverged: its weights, .* are not saved"):
         train_here(tmp_path, *files, "--sft_learning_rate=1e30", "--max_steps=4")
     (tmp_path / "junk.model").write_bytes(b"junk")
     small = [flag for flag in SMALL if "vocab" not in flag]
