@@ -135,7 +135,7 @@ def setting(directory: str | Path, name: str, default, mend: str = ""):
         path = place / "run.json"
         if path.is_file():
             try:
-                settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+                settings = parse_json(path.read_bytes())["settings"]
                 return type(default)(settings[name] if mend else settings.get(name, default))
             except (ValueError, LookupError, TypeError, AttributeError):
                 if not mend:

@@ -41,9 +41,8 @@ def is_id(value) -> bool:
 
 def is_token(value) -> bool:
     """As files name a token: its text, or an object with its content; "" and null for none."""
-    return value is None or isinstance(
-        value.get("content") if isinstance(value, dict) else value, str
-    )
+    text = value.get("content") if isinstance(value, dict) else value
+    return value is None or isinstance(text, str)
 
 
 def is_ids(value) -> bool:
@@ -52,14 +51,11 @@ def is_ids(value) -> bool:
 
 def is_template(value) -> bool:
     """One, or several by their names."""
-    texts = lambda t: (
-        isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("name", "template"))
-    )
-    return (
-        value is None
-        or isinstance(value, str)
-        or (isinstance(value, list) and all(map(texts, value)))
-    )
+    if not isinstance(value, list):
+        return value is None or isinstance(value, str)
+    if not all(isinstance(one, dict) for one in value):
+        return False
+    return all(isinstance(one.get(key), str) for one in value for key in ("name", "template"))
 
 
 def is_decoder(value) -> bool:

@@ -591,6 +591,9 @@ def test_the_scripts_end_with_the_sentence(good, tmp_path):
             assert_matches(CASES[case][1], result.stderr)
             assert result.stderr.startswith(f"{script}: ") and result.stderr.count("\n") == 1
             assert "Traceback" not in result.stdout + result.stderr
+    flags = [f"--data={rows}", "--init_from=a\0b", f"--out_dir={tmp_path}/out"]
+    said = run_here("train.py", *flags, expect=2).stderr
+    assert said == "train.py: 'a\\x00b': no path holds a NUL character\n"
     place = tried(good, "plain", MODEL["model empty"][0], tmp_path / "tokenizer")
     result = run_script("sample.py", place, "--prompt=a", expect=2)
     [line] = result.stderr.splitlines()
