@@ -127,7 +127,7 @@ FILES = {  # name: contents, and the sentence
     "junk.jsonl.gz": (packed(GOOD) + b"junk", r"junk.jsonl.gz.* cannot be read"),
     "none.jsonl.gz": (b"", "none.jsonl.gz: cannot be read|the file is empty"),
     "bomb.jsonl.gz": (packed(b"x" * 3 * 2**20), r"bomb.jsonl.gz:1: .*over 1 MiB"),
-    "bomb.json.gz": (packed(b'["' + b"x" * 3 * 2**20), r"element 1: .*over 1 MiB|Unterminated"),
+    "bomb.json.gz": (packed(b'["' + b"x" * 3 * 2**20), r"element 1: .*over 1 MiB"),
     "long.jsonl": (GOOD + b'{"prompt": "' + b"x" * 2**21 + b'"}\n', r"long.jsonl:2: .*over 1 MiB"),
 }  # fmt: skip
 
