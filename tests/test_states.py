@@ -157,6 +157,22 @@ def test_a_damaged_state_is_passed_over(damage, world, stopped):
         assert "dpo: 12 examples, steps 1 to 3" in said, name
 
 
+SETTINGS = ("loss", "grad_clip", "weight_decay", "learning_rate", "max_length", "step", "digests")
+
+
+def test_a_flipped_bit_of_a_setting_is_noticed(world, stopped):
+    """Before the settings that a damaged state gives are compared with the command's, or used."""
+    path = stopped.out / "resume" / "dpo-2" / "point.json"
+    text = path.read_text()
+    for name in SETTINGS:
+        stopped.put_back(world.stopped)
+        # The first character of its value, and what is JSON again: a digit or a letter.
+        at = re.search(rf'"{name}": (?:\{{"\w+": )?"?(\w)', text).start(1)
+        path.write_text(text[:at] + chr(ord(text[at]) ^ 1) + text[at + 1 :])
+        found, result = resume(stopped, world.whole)
+        assert found == "exact" and "dpo: 12 examples, steps 1 to 3" in result.out, (name, result)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_no_state_is_whole(damage, stopped):
     for place in sorted((stopped.out / "resume").iterdir()):
