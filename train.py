@@ -81,14 +81,15 @@ class Settings:
 def parse_settings(arguments: list[str]) -> Settings:
     """Command line -> Settings; the help of each is its comment above. Raises DataError."""
     layout = {"formatter_class": argparse.RawTextHelpFormatter, "usage": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, **layout)
+    layout |= {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **layout)
     lines = [line for line in inspect.getsource(Settings).splitlines() if "  # " in line]
     comments = {line.split(":")[0].strip(): line.split("  # ")[1] for line in lines}
     for field in dataclasses.fields(Settings)[:-1]:
-        kind = {"type": field.type, "default": argparse.SUPPRESS}
-        kind["help"] = f"{comments[field.name]} (default {field.default!r})"
+        kind = {"type": field.type, "help": f"{comments[field.name]} (default {field.default!r})"}
         if field.type is bool:  # --resume is --resume=true
-            kind |= {"type": json.loads, "choices": [True, False], "nargs": "?", "const": True}
+            kind |= {"choices": [True, False], "nargs": "?", "const": True}
+            kind["type"] = {"true": True, "false": False}.get
         parser.add_argument(f"--{field.name}", **kind)
     given, point = vars(parser.parse_known_args(arguments)[0]), {}
     if given.get("resume"):
@@ -101,7 +102,7 @@ def parse_settings(arguments: list[str]) -> Settings:
     saved, base["options"] = base.get("options", {}), {}
     for option in options:
         base["options"][option.name] = saved.get(option.name, option.default)
-        parser.add_argument(f"--{option.name}", type=float, default=argparse.SUPPRESS)
+        parser.add_argument(f"--{option.name}", type=float)
     given = vars(parser.parse_args(arguments))
     known = base | given
     known["options"] = {name: known.pop(name, default) for name, default in base["options"].items()}
@@ -335,7 +336,6 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
             left = (steps - done) * s.batch_size / row["pairs_per_second"]
             run.record(stage, row, f"{row['pairs_per_second']:.0f} pairs/s, {left:.0f} s left")
             totals.clear()
-    run.save = lambda: None  # what follows begins from a checkpoint
 
 
 def read_point(out: Path, whole: bool = False) -> dict:

@@ -45,6 +45,8 @@ def save(run, stage: str, step: int, totals=(), model=None, optimizer=None):
         llm.write_safetensors(new / "state.safetensors", tensors, writes=run.rank == 0)
     run.alone(finish, run.out, point, run.point.get("state"))
     run.point = point
+    if not step:  # until the next stage's first step this is all there is to save
+        run.save = lambda: None
 
 
 def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
