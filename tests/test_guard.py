@@ -446,11 +446,11 @@ FLAGS = """--sft_epochs=2 --epochs=2 --sft_learning_rate=1e-3 --log_every=3 --sa
     --eval_every=2""".split()
 # Of 8 steps each; evaluated at 0, 2, 4, 6 and 8.
 MOMENTS = [
-    ("take_step", 0, "sft step 0"), ("take_step", 4, "sft step 4"), ("take_step", 7, "sft step 7"),
-    ("evaluate", 0, "sft step 0"), ("evaluate", 2, "sft step 4"), ("evaluate", 4, "sft step 8"),
-    ("reference_logps", 0, "dpo step 0"), ("reference_logps", 1, "dpo step 0"),
-    ("evaluate", 5, "dpo step 0"), ("evaluate", 7, "dpo step 4"), ("evaluate", 9, "dpo step 8"),
-    ("take_step", 8, "dpo step 0"), ("take_step", 12, "dpo step 4"), ("take_step", 15, "dpo step 7"),
+    ("take_step", 0, "sft-0"), ("take_step", 4, "sft-4"), ("take_step", 7, "sft-7"),
+    ("evaluate", 0, "sft-0"), ("evaluate", 2, "sft-4"), ("evaluate", 4, "sft-8"),
+    ("reference_logps", 0, "dpo-0"), ("reference_logps", 1, "dpo-0"),
+    ("evaluate", 5, "dpo-0"), ("evaluate", 7, "dpo-4"), ("evaluate", 9, "dpo-8"),
+    ("take_step", 8, "dpo-0"), ("take_step", 12, "dpo-4"), ("take_step", 15, "dpo-7"),
 ]  # fmt: skip
 
 
@@ -472,16 +472,16 @@ def test_a_run_that_is_stopped_loses_nothing(
         whole["rows"], whole["weights"] = numbers(tmp_path / "whole"), weights(tmp_path / "whole")
         counts = [row.get("train/skipped_steps") for row in whole["rows"]]
         assert [n for n in counts if n] == [1, 2, 1, 2]
-    how = signal.SIGINT if call % 2 else signal.SIGTERM
+    how, place = signal.SIGINT if call % 2 else signal.SIGTERM, where.replace("-", " step ")
     with pytest.MonkeyPatch.context() as patch:
         stopped(patch, name, call, how)
         done = start("out", *flags, expect=128 + how)
     sentence = (
-        f"stopped by {how.name} at {where}: the same command with --resume goes on from there"
+        f"stopped by {how.name} at {place}: the same command with --resume goes on from there"
     )
     assert done.stderr == f"train.py: {sentence}\n"
     resumed = start("out", *flags, "--resume=true").stdout
-    stage, _, step = where.split()
+    stage, step = where.split("-")
     assert f"{stage}: 12 examples, steps {step} to 8 of 3\n" in resumed
     assert numbers(tmp_path / "out") == whole["rows"]
     found = weights(tmp_path / "out")
@@ -489,7 +489,7 @@ def test_a_run_that_is_stopped_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    ("call", "first"), [(5, "sft 4"), (8, "dpo 0"), (11, "dpo 2"), (13, "dpo 4")]
+    ("call", "first"), [(5, "sft-4"), (8, "dpo-0"), (11, "dpo-2"), (13, "dpo-4")]
 )
 def test_sums_between_two_rows_survive_a_kill(call, first, start, tmp_path):
     """log_every=3, save_every=2: a state is saved in the middle of what a row is the mean of."""
@@ -498,7 +498,7 @@ def test_sums_between_two_rows_survive_a_kill(call, first, start, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         stopped(patch, "take_step", call, Killed)
         start("out", *flags)
-    stage, step = first.split()
+    stage, step = first.split("-")
     resumed = start("out", *flags, "--resume=true").stdout
     assert f"{stage}: 12 examples, steps {step} to 8 of 3\n" in resumed
     assert_same(tmp_path / "whole", tmp_path / "out")
