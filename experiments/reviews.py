@@ -291,6 +291,9 @@ def run_experiment(arguments: list[str]):
         try:
             later = ["--data=later", "--eval_data=later", *arguments, "--resume=false"]
             settings = train.parse_settings(later)  # whatever it says of --resume, train.main does
+            own = (out / "run.json").is_file() and not (out / "pairs.jsonl").is_file()
+            if own and known.resume == "true":  # somebody's, on other files
+                raise data.DataError(f"{out}: there is no state to resume; with --data it begins")
             if first:
                 lock = hold(out)  # noqa: F841, until the run holds it, too
                 write(out, settings.seed, DEMONSTRATIONS if settings.sft_epochs else 1, PAIRS)

@@ -1,5 +1,8 @@
 """What only a GPU can show. Each is skipped without one."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from conftest import SHAPES, make_model, random_dataset
 import data
 import dpo
 import model as model_module
+import train
 from extra.attention import flash_attention, padded_attention
 from model import Transformer, segment_attention, token_logps
 from sample import generate
@@ -88,27 +92,40 @@ def test_log_probs_in_chunks_are_those_at_once(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_a_step_does_not_wait_for_the_gpu():
+def test_a_step_waits_for_the_gpu_once(monkeypatch):
+    """To learn whether it is finite, when all its micro-batches are under way; never otherwise."""
     model = Transformer(SHAPES["tied"]).init_weights(0).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = dpo.make_optimizer(model)
     dataset = random_dataset([size for size in SIZES if len(size) > 2])
+    run = SimpleNamespace(world=1, device=torch.device("cuda"), asked=0)
+    run.autocast = torch.autocast("cuda", torch.bfloat16)
+    run.total = lambda sums: train.Run.total(run, sums)
+    loss_of = partial(dpo.preference_loss, loss=dpo.dpo, beta=0.1)
+    isfinite = torch.isfinite
 
-    def step():
-        batch = data.collate(dataset, np.arange(len(dataset))).to("cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            logps = dpo.sequence_logps(model, batch)
-        loss, _ = dpo.preference_loss(logps, batch, loss=dpo.dpo, beta=0.1)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def asked(value) -> bool:
+        run.asked += 1
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        finite = bool(isfinite(value))
+        torch.cuda.set_sync_debug_mode(mode)
+        return finite
 
+    def step() -> dict:
+        batches = (data.collate(dataset, np.array([e])).to("cuda") for e in range(len(dataset)))
+        sums = dpo.take_step(model, optimizer, batches, loss_of, 1 / len(dataset), 1.0, run)
+        return sums | {"mean": dpo.mean_logratio(sums, 0.1)}
+
+    monkeypatch.setattr(torch, "isfinite", asked)
+    before = model.norm.weight.detach().clone()
     step()  # memory and kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        sums = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert run.asked == 2 and float(sums["count"]) > len(dataset)
+    assert not torch.equal(model.norm.weight, before)
 
 
 def test_sampling_agrees_with_the_cpu():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, make_model, read_metrics, run_here, run_script, write_jsonl
+from conftest import ROOT, SHAPES, make_model, read_metrics, run_here, run_script, write_jsonl
 from test_lora import adapted, merged_by_hand
 
 import data
@@ -22,27 +22,43 @@ import train
 from extra import guard, states
 from model import Transformer, load_pretrained, read_safetensors, save_pretrained
 
-HEAVY = 1e30  # of such a weight the loss is finite, and the gradient's norm is not
+POISON = 96  # a token whose gradient is not finite, though the loss is
 TAKE_STEP = dpo.take_step
 SKIPPED = "is skipped, as loss or gradient is not finite: "
+
+
+def poison(replace):
+    """Make POISON one, by replace(module, name, function)."""
+    logps_of = dpo.sequence_logps
+
+    def sequence_logps(model, batch):
+        logps = logps_of(model, batch)
+        if torch.is_grad_enabled() and (batch.targets == POISON).any():
+            logps.register_hook(lambda gradient: gradient * math.inf)
+        return logps
+
+    replace(dpo, "sequence_logps", sequence_logps)
 
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """On the CPU; and signals end the tests again."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    poison(monkeypatch.setattr)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def pairs(count: int, heavy=()) -> list[dict]:
-    """Rows of token ids; those in `heavy` lead to no finite gradient."""
+def pairs(count: int, bad=()) -> list[dict]:
+    """Rows of token ids; those in `bad` are learnt with no finite gradient."""
     rng = np.random.default_rng(count)
-    ids = lambda: rng.integers(3, 97, rng.integers(2, 7)).tolist()
+    ids = lambda: rng.integers(3, POISON, rng.integers(2, 7)).tolist()
     rows = [{"prompt": ids(), "chosen": ids(), "rejected": ids()} for _ in range(count)]
-    return [row | {"weight": HEAVY} if n in heavy else row for n, row in enumerate(rows)]
+    for n in bad:
+        rows[n]["chosen"].append(POISON)
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +187,10 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(what, flags, start, 
 def test_ten_in_a_row_end_the_run(start, tmp_path):
     """Nine do not, and not ten with one among them that is finite. The states before are whole."""
     ends = []
-    for name, heavy in (
+    for name, bad in (
         ("nine", range(9, 36)), ("broken", [*range(9, 27), *range(30, 45)]), ("ten", range(9, 48)),
     ):  # fmt: skip
-        path = write_jsonl(tmp_path / f"{name}.jsonl", pairs(48, heavy))
+        path = write_jsonl(tmp_path / f"{name}.jsonl", pairs(48, bad))
         flags = [f"--data={path}", "--shuffle=false", "--sft_epochs=0", "--save_every=2"]
         done = start(name, *flags, expect=2 if name == "ten" else 0)
         ends.append(numbers(tmp_path / name)[-1].get("train/skipped_steps"))
@@ -205,13 +221,21 @@ def test_ten_in_a_row_on_two_ranks(start, base, tmp_path):
     names = ("beta", "batch_size", "learning_rate", "log_every", "micro_batch_tokens", "eval_data",
              "warmup_steps", "init_from", "max_length", "max_prompt_length")  # fmt: skip
     given = [f"--{name}={settings[name]}" for name in names]
+    script = tmp_path / "poisoned.py"
+    where = [str(place) for place in (ROOT, ROOT / "tests")]
+    script.write_text(f"import sys\nsys.path[:0] = {where}\nimport test_guard, train\n"
+                      "test_guard.poison(setattr)\ntrain.main(sys.argv[1:])\n")  # fmt: skip
     out = f"--out_dir={tmp_path / 'two'}"
-    done = run_script("train.py", *given, *flags, out, ranks=2, expect=1)
+    done = run_script(script, *given, *flags, out, ranks=2, expect=1)
     assert "train.py: dpo diverged by step 13: lower its learning rate\n" in done.stderr
     assert done.stdout.count(SKIPPED) == 9
     one, two = (numbers(tmp_path / name) for name in ("one", "two"))
+    signs = ("rewards/ties", "rewards/accuracies", "both_fell")  # of exact zeros, at first
     for a, b in zip(one, two, strict=True):
-        assert a == {n: pytest.approx(x, rel=1e-3, abs=1e-5) if n != "stage" else x for n, x in b.items()}  # fmt: skip
+        assert a.keys() == b.keys()
+        for name, x in a.items():
+            if a["step"] > 1 or not name.endswith(signs):
+                assert b[name] == (x if name == "stage" else pytest.approx(x, rel=1e-3, abs=1e-4))
     places = [tmp_path / name / "resume" / "dpo-12" for name in ("one", "two")]
     one, two = (read_safetensors(place / "state.safetensors") for place in places)
     assert states.read(places[1], whole=True)["skipped"] == {"dpo": [*range(3, 12)]}
@@ -422,11 +446,11 @@ FLAGS = """--sft_epochs=2 --epochs=2 --sft_learning_rate=1e-3 --log_every=3 --sa
     --eval_every=2""".split()
 # Of 8 steps each; evaluated at 0, 2, 4, 6 and 8.
 MOMENTS = [
-    ("take_step", 0, "sft step 0"), ("take_step", 4, "sft step 4"), ("take_step", 7, "sft step 7"),
-    ("evaluate", 0, "sft step 0"), ("evaluate", 2, "sft step 4"), ("evaluate", 4, "sft step 8"),
-    ("reference_logps", 0, "dpo step 0"), ("reference_logps", 1, "dpo step 0"),
-    ("evaluate", 5, "dpo step 0"), ("evaluate", 7, "dpo step 4"), ("evaluate", 9, "dpo step 8"),
-    ("take_step", 8, "dpo step 0"), ("take_step", 12, "dpo step 4"), ("take_step", 15, "dpo step 7"),
+    ("take_step", 0, "sft-0"), ("take_step", 4, "sft-4"), ("take_step", 7, "sft-7"),
+    ("evaluate", 0, "sft-0"), ("evaluate", 2, "sft-4"), ("evaluate", 4, "sft-8"),
+    ("reference_logps", 0, "dpo-0"), ("reference_logps", 1, "dpo-0"),
+    ("evaluate", 5, "dpo-0"), ("evaluate", 7, "dpo-4"), ("evaluate", 9, "dpo-8"),
+    ("take_step", 8, "dpo-0"), ("take_step", 12, "dpo-4"), ("take_step", 15, "dpo-7"),
 ]  # fmt: skip
 
 
@@ -440,24 +464,24 @@ def test_a_run_that_is_stopped_loses_nothing(
     name, call, where, start, tmp_path, monkeypatch, whole
 ):
     """Neither the evaluation that it was in, nor a sum between two rows; nor is anything there twice.
-    In each epoch a step is skipped, which is counted on."""
-    path = write_jsonl(tmp_path / "rows.jsonl", pairs(12, heavy=[5]))
+    In each epoch of either stage a step is skipped, which is counted on."""
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(12, bad=[5]))
     flags = [*FLAGS, f"--data={path}"]
     if not whole:
         start("whole", *flags)
         whole["rows"], whole["weights"] = numbers(tmp_path / "whole"), weights(tmp_path / "whole")
         counts = [row.get("train/skipped_steps") for row in whole["rows"]]
-        assert [n for n in counts if n] == [1, 2]
-    how = signal.SIGINT if call % 2 else signal.SIGTERM
+        assert [n for n in counts if n] == [1, 2, 1, 2]
+    how, place = signal.SIGINT if call % 2 else signal.SIGTERM, where.replace("-", " step ")
     with pytest.MonkeyPatch.context() as patch:
         stopped(patch, name, call, how)
         done = start("out", *flags, expect=128 + how)
     sentence = (
-        f"stopped by {how.name} at {where}: the same command with --resume goes on from there"
+        f"stopped by {how.name} at {place}: the same command with --resume goes on from there"
     )
     assert done.stderr == f"train.py: {sentence}\n"
     resumed = start("out", *flags, "--resume=true").stdout
-    stage, _, step = where.split()
+    stage, step = where.split("-")
     assert f"{stage}: 12 examples, steps {step} to 8 of 3\n" in resumed
     assert numbers(tmp_path / "out") == whole["rows"]
     found = weights(tmp_path / "out")
@@ -465,7 +489,7 @@ def test_a_run_that_is_stopped_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    ("call", "first"), [(5, "sft 4"), (8, "dpo 0"), (11, "dpo 2"), (13, "dpo 4")]
+    ("call", "first"), [(5, "sft-4"), (8, "dpo-0"), (11, "dpo-2"), (13, "dpo-4")]
 )
 def test_sums_between_two_rows_survive_a_kill(call, first, start, tmp_path):
     """log_every=3, save_every=2: a state is saved in the middle of what a row is the mean of."""
@@ -474,7 +498,7 @@ def test_sums_between_two_rows_survive_a_kill(call, first, start, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         stopped(patch, "take_step", call, Killed)
         start("out", *flags)
-    stage, step = first.split()
+    stage, step = first.split("-")
     resumed = start("out", *flags, "--resume=true").stdout
     assert f"{stage}: 12 examples, steps {step} to 8 of 3\n" in resumed
     assert_same(tmp_path / "whole", tmp_path / "out")
