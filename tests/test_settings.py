@@ -10,9 +10,11 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -1733,6 +1735,33 @@ def test_a_reference_pass_that_was_interrupted_is_gone_on_with(reference):
     for stop_at in (2, 1, 0, 1):  # again and again
         reference(stop_at)
     assert reference().parts == whole[4:] and reference.file().read_bytes() == saved
+
+
+def test_a_run_stopped_in_its_reference_pass_goes_on_with_it(world, tmp_path, monkeypatch):
+    """A signal, an exit, the same command with --resume: what is trained is the same to the bit."""
+    monkeypatch.setattr(kept, "MICRO_BATCHES", 1)
+    logps, calls = dpo.reference_logps, []
+
+    def signalled(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logps(*given)
+
+    whole = Run(world, BASE, tmp_path / "whole", tmp_path / "cwd")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(dpo, "reference_logps", signalled)
+        Run(world, BASE, out, tmp_path / "cwd")
+    assert stopped.value.code == 128 + signal.SIGTERM and len(calls) == 2
+    after = Run(world, BASE | {"resume": "true"}, out, tmp_path / "cwd")
+    counts = [re.findall(r"reference: (\d+) log-probs (\w+)", line) for line in after.printed]
+    (found, how), (computed, why), *others = sum(counts, [])
+    assert (how, why, others) == ("found", "computed", [("18", "computed")])
+    assert 0 < int(found) < 20 and int(found) + int(computed) == 20
+    assert not after.steps["sft"] and same(after.start, whole.facets["sft weights"])
+    for name, facet in whole.facets.items():
+        assert not name.startswith("dpo ") or same(facet, after.facets[name]), name
 
 
 def test_a_reference_pass_that_lasts_is_written_each_minute(reference, monkeypatch):
