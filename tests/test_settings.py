@@ -759,11 +759,13 @@ def sizes(*expected: int) -> Callable:
 
 def ends_after_sft(before: Run, after: Run):
     assert not after.steps["dpo"] and not (after.out / "sft").exists()
+    assert after.states == ["done-0"]
     assert same(after.steps["sft"][-1].after, llm.read_weights(after.out))
 
 
 def begins_with_dpo(before: Run, after: Run):
     assert not after.steps["sft"] and not (after.out / "sft").exists()
+    assert after.states == ["done-0"]
     assert same(after.steps["dpo"][0].before, after.start)
 
 
@@ -1012,9 +1014,9 @@ CASES = [
     Case("grad_clip", {"grad_clip": 0}, BOTH, clips),
     Case("batch_size", {"batch_size": 6}, BOTH | ALL_FED | of("rates") | of("rows") | {"printed"}, sizes(6, 4, 6, 4)),
     Case("epochs", {"epochs": 1}, DPO | fed("dpo") | {"dpo rates", "dpo rows", "printed"}, rates("dpo", 1, 1, 0.5)),
-    Case("epochs", NO_DPO, all_of("dpo") | {"printed", "files", "objective"}, ends_after_sft),
+    Case("epochs", NO_DPO, all_of("dpo") | {"printed", "files", "states", "objective"}, ends_after_sft),
     Case("sft_epochs", {"sft_epochs": 1}, BOTH | fed("sft") | {"sft rates", "sft rows", "printed"}, rates("sft", 1, 1, 0.5)),
-    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files"}, begins_with_dpo),
+    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files", "states"}, begins_with_dpo),
     Case("max_steps", {"max_steps": 2}, BOTH | ALL_FED | of("rates") | of("rows") | {"printed"}, stops_early),
     Case("max_steps", {"max_steps": 50}, set()),
     Case("rendered", {"rendered": "true"}, BOTH | ALL_FED | HELD_OUT | PACKED | {"printed"}, reads_tokens, SPELT),
@@ -1026,7 +1028,7 @@ CASES = [
     Case("max_prompt_length", {"max_prompt_length": 9}, BOTH | ALL_FED | HELD_OUT | {"printed"}, cuts_prompts),
     Case("micro_batch_tokens", {"micro_batch_tokens": 19}, PACKED, more_micro_batches, rounded=BOTH),
     Case("micro_batch_tokens", {"micro_batch_tokens": 4096}, PACKED, one_micro_batch, rounded=BOTH),
-    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files"}, begins_with_checkpoint, CHECKPOINT),
+    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files", "states"}, begins_with_checkpoint, CHECKPOINT),
     Case("tokenizer", NEW | {"vocab_size": 316}, NEW_SHAPE | {"tokenizer", "files"} | PACKED, trains_tokenizer),
     Case("sft_data", {"sft_data": None}, BOTH | {"tokenizer", "printed", "sft texts"} | PACKED, trains_tokenizer, NEW),
     Case("vocab_size", {"vocab_size": 316}, NEW_SHAPE | {"tokenizer"} | PACKED, trains_tokenizer, NEW),
