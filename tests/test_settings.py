@@ -10,9 +10,11 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -757,11 +759,13 @@ def sizes(*expected: int) -> Callable:
 
 def ends_after_sft(before: Run, after: Run):
     assert not after.steps["dpo"] and not (after.out / "sft").exists()
+    assert after.states == ["done-0"]
     assert same(after.steps["sft"][-1].after, llm.read_weights(after.out))
 
 
 def begins_with_dpo(before: Run, after: Run):
     assert not after.steps["sft"] and not (after.out / "sft").exists()
+    assert after.states == ["done-0"]
     assert same(after.steps["dpo"][0].before, after.start)
 
 
@@ -1010,9 +1014,9 @@ CASES = [
     Case("grad_clip", {"grad_clip": 0}, BOTH, clips),
     Case("batch_size", {"batch_size": 6}, BOTH | ALL_FED | of("rates") | of("rows") | {"printed"}, sizes(6, 4, 6, 4)),
     Case("epochs", {"epochs": 1}, DPO | fed("dpo") | {"dpo rates", "dpo rows", "printed"}, rates("dpo", 1, 1, 0.5)),
-    Case("epochs", NO_DPO, all_of("dpo") | {"printed", "files", "objective"}, ends_after_sft),
+    Case("epochs", NO_DPO, all_of("dpo") | {"printed", "files", "states", "objective"}, ends_after_sft),
     Case("sft_epochs", {"sft_epochs": 1}, BOTH | fed("sft") | {"sft rates", "sft rows", "printed"}, rates("sft", 1, 1, 0.5)),
-    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files"}, begins_with_dpo),
+    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files", "states"}, begins_with_dpo),
     Case("max_steps", {"max_steps": 2}, BOTH | ALL_FED | of("rates") | of("rows") | {"printed"}, stops_early),
     Case("max_steps", {"max_steps": 50}, set()),
     Case("rendered", {"rendered": "true"}, BOTH | ALL_FED | HELD_OUT | PACKED | {"printed"}, reads_tokens, SPELT),
@@ -1025,7 +1029,7 @@ CASES = [
     Case("skip_bad_rows", {"skip_bad_rows": 3}, set()),
     Case("micro_batch_tokens", {"micro_batch_tokens": 19}, PACKED, more_micro_batches, rounded=BOTH),
     Case("micro_batch_tokens", {"micro_batch_tokens": 4096}, PACKED, one_micro_batch, rounded=BOTH),
-    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files"}, begins_with_checkpoint, CHECKPOINT),
+    Case("sft_epochs", NO_SFT, all_of("sft") | DPO | {"printed", "files", "states"}, begins_with_checkpoint, CHECKPOINT),
     Case("tokenizer", NEW | {"vocab_size": 316}, NEW_SHAPE | {"tokenizer", "files"} | PACKED, trains_tokenizer),
     Case("sft_data", {"sft_data": None}, BOTH | {"tokenizer", "printed", "sft texts"} | PACKED, trains_tokenizer, NEW),
     Case("vocab_size", {"vocab_size": 316}, NEW_SHAPE | {"tokenizer"} | PACKED, trains_tokenizer, NEW),
@@ -1734,6 +1738,33 @@ def test_a_reference_pass_that_was_interrupted_is_gone_on_with(reference):
     for stop_at in (2, 1, 0, 1):  # again and again
         reference(stop_at)
     assert reference().parts == whole[4:] and reference.file().read_bytes() == saved
+
+
+def test_a_run_stopped_in_its_reference_pass_goes_on_with_it(world, tmp_path, monkeypatch):
+    """A signal, an exit, the same command with --resume: what is trained is the same to the bit."""
+    monkeypatch.setattr(kept, "MICRO_BATCHES", 1)
+    logps, calls = dpo.reference_logps, []
+
+    def signalled(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logps(*given)
+
+    whole = Run(world, BASE, tmp_path / "whole", tmp_path / "cwd")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(dpo, "reference_logps", signalled)
+        Run(world, BASE, out, tmp_path / "cwd")
+    assert stopped.value.code == 128 + signal.SIGTERM and len(calls) == 2
+    after = Run(world, BASE | {"resume": "true"}, out, tmp_path / "cwd")
+    counts = [re.findall(r"reference: (\d+) log-probs (\w+)", line) for line in after.printed]
+    (found, how), (computed, why), *others = sum(counts, [])
+    assert (how, why, others) == ("found", "computed", [("18", "computed")])
+    assert 0 < int(found) < 20 and int(found) + int(computed) == 20
+    assert not after.steps["sft"] and same(after.start, whole.facets["sft weights"])
+    for name, facet in whole.facets.items():
+        assert not name.startswith("dpo ") or same(facet, after.facets[name]), name
 
 
 def test_a_reference_pass_that_lasts_is_written_each_minute(reference, monkeypatch):
