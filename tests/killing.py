@@ -137,7 +137,8 @@ def opened(points, original, file, mode="r", buffering=-1, *text, **options):
     if path is None:
         return original(file, mode, buffering, **names)
     points.point("open", path)
-    raw = Watched(os.path.abspath(os.fspath(file)), mode.replace("b", "").replace("t", ""))
+    place, plain = os.path.abspath(os.fspath(file)), mode.replace("b", "").replace("t", "")
+    raw = Watched(place, plain, opener=names.get("opener"))
     raw.points = points
     if buffering == 0:
         return raw
