@@ -137,7 +137,8 @@ def opened(points, original, file, mode="r", buffering=-1, *text, **options):
     if path is None:
         return original(file, mode, buffering, **names)
     points.point("open", path)
-    raw = Watched(os.path.abspath(os.fspath(file)), mode.replace("b", "").replace("t", ""))
+    place, plain = os.path.abspath(os.fspath(file)), mode.replace("b", "").replace("t", "")
+    raw = Watched(place, plain, opener=names.get("opener"))
     raw.points = points
     if buffering == 0:
         return raw
@@ -441,11 +442,12 @@ class Toy:
 
 # What becomes of an interrupted run.
 
-FINE = ("exact", "began anew")
+FINE = ("exact", "began anew", "refused")
 
 
 def outcome(result: Result, end: dict | None, whole: dict) -> str:
-    """What became of a run that was resumed: exact or began anew, and ended as `whole`; it ended
+    """What became of a run that was resumed: exact or began anew, and ended as `whole` (or `kill`
+    found that another run's state was refused, by the name of a setting); it ended
     otherwise (differs, metrics differ), or did not (sentence, traceback, hung)."""
     if result.hung or "Timeout (" in result.err:
         return "hung"
@@ -526,6 +528,9 @@ def kill(toy: Toy, whole: dict, at: int, *flags, start: Path | None = None, firs
         newest = newest_complete(result.trace[:-1]) or newest
         where += f" and {result.trace[-1]}" if result.status else " and not again"
     found, result = resume(toy, whole, *flags)
+    if found == "sentence, blocked" and start and not first and not newest:
+        [sentence] = result.sentences  # what lies there is still another run's
+        found = "refused" if re.search("but was|none of the states", sentence) else found
     if found in FINE and newest and not newest.startswith("done") and begun_from(result) != newest:
         found += f", not from {newest}"
     if found in FINE and len(result.sentences) > 1:
