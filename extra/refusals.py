@@ -47,6 +47,7 @@ def check(s, given: dict, point: dict):
                 where = f"{s.out_dir}/resume: {field.name} {value!r:.99}"
                 raise DataError(f"{where} is not of type {field.type.__name__}")
         check_resumed(Path(s.out_dir), given, point)
+        say_settings(s, given, point)
     for name, value in (dataclasses.asdict(s) | s.options).items():
         if name in CHOICES and value not in CHOICES[name]:
             raise DataError(f"--{name} is {value!r}: it must be one of {', '.join(CHOICES[name])}")
@@ -169,6 +170,19 @@ def check_resumed(out: Path, given: dict, point: dict):
                 print(f"--resume: {name} is {value!r} from here on, and was {before!r}", flush=True)
         elif name not in PATHS or "" in (value, before):  # extra/guard.py compares what they name
             raise DataError(f"--resume: {name} is {value!r}, but was {before!r} in this run")
+
+
+def say_settings(s, given: dict, point: dict):
+    """Which settings a resumed run has from its beginning, and not from this command."""
+    usual = {field.name: field.default for field in dataclasses.fields(s)}
+    saved, own = point.get("settings", {}), {}
+    for name in usual.keys() & saved.keys() - given.keys() - {"resume", "out_dir", "options"}:
+        if saved[name] != usual[name]:
+            own[name] = saved[name]
+    own |= {name: x for name, x in saved.get("options", {}).items() if name not in given}
+    told = " ".join(f"--{name}={short(str(own[name]))}" for name in sorted(own))
+    if own and os.environ.get("RANK", "0") == "0":
+        print(f"--resume: from the beginning of this run: {told}", flush=True)
 
 
 def refuse_ignored(ignored: list[tuple], given: set[str]):

@@ -154,6 +154,13 @@ def places_in(out: Path) -> list[Path]:
 
 def read(place: Path, whole: bool) -> dict:
     """What point.json of a state says. Raises ValueError and others for one that is not whole."""
+    manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+    names = ("point.json", "metrics.jsonl", *manifest) if whole else ("point.json",)
+    for name in dict.fromkeys(names):
+        size, digest = manifest[name]
+        file = place / name
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+            raise ValueError(f"{name} is not what was written")
     point = json.loads((place / "point.json").read_text(encoding="utf-8"))
     if not whole:
         settings, here = dict(point["settings"]), os.getcwd()
@@ -161,12 +168,6 @@ def read(place: Path, whole: bool) -> dict:
             paths = filter(None, settings[name].split(","))
             settings[name] = ",".join(os.path.join(point["cwd"], path) for path in paths)
         return {"settings": settings, "digests": dict(point["digests"])}
-    manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-    for name in dict.fromkeys(("point.json", "metrics.jsonl", *manifest)):
-        size, digest = manifest[name]
-        file = place / name
-        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
-            raise ValueError(f"{name} is not what was written")
     numbers = [point["step"], point["mean_logratio"], *point["totals"].values()]
     if point["state"] != place.name or not all(type(n) in (int, float) for n in numbers):
         raise ValueError("point.json is not that of a state")

@@ -643,6 +643,13 @@ MISTAKES = [
     ("extra/guard.py", "only SIGTERM is a request to stop", "SIGNALS = (signal.SIGTERM, signal.SIGINT)", "SIGNALS = (signal.SIGTERM,)", "test_guard.py::test_a_run_that_is_stopped_loses_nothing[take_step-7-sft-7]"),
     ("extra/lora.py", "DPO goes on with SFT's A", "        copy_rows(parameters[name], first)", '        copy_rows(parameters[name], first) if ".lora.1" in name else None', "test_train.py::test_resume_is_bit_identical test_metrics.py::test_each_stage_can_be_run_alone test_lora.py::test_adapters_are_the_merged_model"),
     ("extra/lora.py", "adapters begin anew with another seed", "first_values(model, seed).items():", "first_values(model, seed + 1).items():", "test_metrics.py::test_each_stage_can_be_run_alone test_lora.py::test_adapters_are_the_merged_model"),
+    ('extra/states.py', 'only the last state is kept', 'if old.name not in (place.name, before):', 'if old.name != place.name:', 'test_states.py::test_a_damaged_state_is_passed_over[gone]'),
+    ('extra/states.py', 'the digests of a state are not compared', ' or sha256(file) != digest:', ':', 'test_states.py::test_a_damaged_state_is_passed_over[flipped]'),
+    ('extra/states.py', 'of damaged states the settings are taken', 'names = ("point.json", "metrics.jsonl", *manifest) if whole else ("point.json",)', 'names = ("point.json", "metrics.jsonl", *manifest) if whole else ()', 'test_states.py::test_a_flipped_bit_of_a_setting_is_noticed'),
+    ('extra/guard.py', 'no loop sees the signal', 'asked = run.signal', 'asked = 0', 'test_states.py::test_a_signal_saves_a_state'),
+    ('extra/guard.py', "a launcher's second signal at once ends the run", 'if first and time.monotonic() - first > 1:', 'if first:', 'test_states.py::test_a_second_signal_ends_at_once'),
+    ('extra/guard.py', 'the lock is let go at once', 'run.lock = hold(run.out)', 'hold(run.out)', 'test_states.py::test_a_directory_is_locked_for_the_life_of_a_run'),
+    ('extra/guard.py', 'each rank looks at its own signal only', 'if run.world > 1 and together:', 'if False:', 'test_states.py::test_a_signal_on_two_ranks[between micro-batches]'),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]
