@@ -65,11 +65,11 @@ def kept(compute: Callable, dataset, model, checkpoint: str | Path, run) -> torc
 def check(values, compute: Callable, dataset, model, checkpoint: str | Path, run):
     """Raise DataError if they are not the policy's: it is still the reference, and in the
     micro-batches of training, too, both must agree."""
-    if not values.isfinite().all():
-        weight = first_not_finite(model)
-        what = f"weight {weight} is not" if weight else "log-probs of responses are not"
-        raise DataError(f"{checkpoint or 'the new model'}: {what} finite")
     again = compute(np.arange(min(len(dataset), run.settings.batch_size)), 1)
+    if not (values.isfinite().all() and again.isfinite().all()):
+        weight = first_not_finite(model)
+        what = f"weight {weight} is not" if weight else "log-probs by these weights are not"
+        raise DataError(f"{checkpoint or 'the new model'}: {what} finite")
     worst, tolerance = (again - values)[again != 0].abs().max().item(), 0.5 if run.bf16 else 0.01
     run.say(f"step 0: the largest log-ratio is {worst:.1e} nats (tolerance {tolerance})")
     if not worst <= tolerance:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import inspect
 import math
 import os
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data import NO_TEXT, DataError
+from dpo import find_loss
 from extra.checkpoints import places_of
 from extra.conversations import short
 from model import load_config
@@ -179,10 +181,13 @@ def say_settings(s, given: dict, point: dict):
     for name in usual.keys() & saved.keys() - given.keys() - {"resume", "out_dir", "options"}:
         if saved[name] != usual[name]:
             own[name] = saved[name]
-    own |= {name: x for name, x in saved.get("options", {}).items() if name not in given}
+    options = inspect.signature(find_loss(saved.get("loss", "dpo"))).parameters
+    for name, value in saved.get("options", {}).items():
+        if name not in given and value != options[name].default:
+            own[name] = value
     told = " ".join(f"--{name}={short(str(own[name]))}" for name in sorted(own))
     if own and os.environ.get("RANK", "0") == "0":
-        print(f"--resume: from the beginning of this run: {told}", flush=True)
+        print(f"--resume: by this run's own settings: {told}", flush=True)
 
 
 def refuse_ignored(ignored: list[tuple], given: set[str]):

@@ -497,6 +497,7 @@ def startup(args):
         settings = SimpleNamespace(resume=False, rendered=False)
         run = SimpleNamespace(out=here, settings=settings, about={})
         run.alone = lambda work, *inputs: work(*inputs)
+        run.watch = lambda items, *_: items
         seconds, found = [], []
         for settings.resume in (False, True):
             begun = time.perf_counter()

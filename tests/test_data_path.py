@@ -1095,7 +1095,9 @@ def run_at(directory, rank: int = 0, resume=False, rendered=False, **digests) ->
     alone = lambda work, *inputs: work(*inputs) if rank == 0 else None
     settings = SimpleNamespace(resume=resume, rendered=rendered)
     about = {"digests": {"data": "0a", "eval_data": "1b"} | digests}
-    return SimpleNamespace(out=Path(directory), settings=settings, about=about, alone=alone)
+    run = SimpleNamespace(out=Path(directory), settings=settings, about=about, alone=alone)
+    run.watch = lambda items, *_: items
+    return run
 
 
 def test_what_is_encoded_is_kept_for_other_ranks_and_resumed_runs(spellings, tmp_path):
@@ -1170,7 +1172,7 @@ def test_a_resumed_run_encodes_what_was_made_of_something_else(spellings, tmp_pa
         ("special_tokens_map.json", '{"pad_token": "</s>"}'),
         ("added_tokens.json", '{"<pad>": 5}'),
     ):
-        place = save_tokenizer(tokenizer, tmp_path / name)
+        place = save_tokenizer(tokenizer, tmp_path / f"with {name}")
         (place / name).write_text(content)
         changes.append({"tokenizer": data.Tokenizer(place)})
     assert count(texts, resume=False) == 7 and count(never()) == 7

@@ -19,7 +19,8 @@ from test_lora import adapted, merged_by_hand
 import data
 import dpo
 import train
-from extra import guard, states
+from extra import guard, refusals, states
+from extra import weights as files_of_weights
 from model import Transformer, load_pretrained, read_safetensors, save_pretrained
 
 POISON = 96  # a token whose gradient is not finite, though the loss is
@@ -333,7 +334,7 @@ def test_which_losses_are_compared(rows, moved, tmp_path, capsys):
 # What is not finite from the start
 
 
-def test_a_checkpoint_that_is_not_finite(start, base, tmp_path):
+def test_a_checkpoint_that_is_not_finite(start, base, tmp_path, monkeypatch):
     """The advice is about the weights, not about what is kept of the reference."""
     place = tmp_path / "broken"
     model = load_pretrained(base)
@@ -342,11 +343,14 @@ def test_a_checkpoint_that_is_not_finite(start, base, tmp_path):
     save_pretrained(model, place)
     given, sft = f"--init_from={place}", "--sft_learning_rate=1e-3"
     done = start("dpo", given, "--sft_epochs=0", expect=2)
-    assert done.sentence == f"{place}: log-probs by these weights are not finite"
-    assert (
-        not list(place.glob("reference-*.npy"))
-        or "found" not in start("dpo", given, "--sft_epochs=0", expect=2).stdout
-    )
+    weight = "model.layers.1.mlp.up_proj.weight"
+    assert done.sentence == f"{place}/model.safetensors: weight {weight}: not finite"
+    assert not list(place.glob("reference-*.npy"))
+    monkeypatch.setattr(
+        files_of_weights, "is_finite", lambda _: True
+    )  # as if it had come about later
+    done = start("dpo", given, "--sft_epochs=0", expect=2)
+    assert done.sentence == f"{place}: weight {weight.removeprefix('model.')} is not finite"
     sentence = """sft: loss or gradient is not finite from the start: look at the weights that it
         starts from, and at --beta"""
     many = ["--eval_data=-", "--sft_epochs=3"]
@@ -357,7 +361,11 @@ def test_a_checkpoint_that_is_not_finite(start, base, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--eval_data=-", "--epochs=3"], ["--loss=ipo"]])
-def test_a_beta_beyond_float32_is_one_sentence(flags, start):
+def test_a_beta_beyond_float32_is_one_sentence(flags, start, monkeypatch):
+    """By its range; and where that is not looked at, by what comes of it."""
+    done = start("out", "--beta=1e308", "--sft_epochs=0", *flags, expect=2)
+    assert done.sentence == "--beta must be from 1e-06 to 1e+06, found 1e+308"
+    monkeypatch.setattr(refusals, "check_range", lambda *_: None)
     done = start("out", "--beta=1e308", "--sft_epochs=0", *flags, expect=2)
     assert "dpo: loss or gradient is not finite from the start" in done.sentence
     assert done.sentence.endswith("and at --beta")
@@ -378,9 +386,10 @@ def test_another_tokenizer_is_refused(tokenizer, tmp_path):
     resume = lambda *given: train.Run(train.parse_settings([*flags, "--resume", *given]))
     assert resume().settings.tokenizer == str(here)
     assert resume(f"--tokenizer={tmp_path / 'b'}").point["state"] == "dpo-0"
-    for other in (tmp_path / "c", ""):
-        with pytest.raises(data.DataError, match="^--resume: what --tokenizer names is not what"):
-            resume(f"--tokenizer={other}")
+    with pytest.raises(data.DataError, match="^--resume: what --tokenizer names is not what"):
+        resume(f"--tokenizer={tmp_path / 'c'}")
+    with pytest.raises(data.DataError, match="^--resume: tokenizer is '', but was "):
+        resume("--tokenizer=")
 
 
 def test_what_is_harmless_may_change_and_is_said(start, tmp_path, monkeypatch):

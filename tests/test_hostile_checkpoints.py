@@ -593,7 +593,7 @@ def test_the_scripts_end_with_the_sentence(good, tmp_path):
             assert "Traceback" not in result.stdout + result.stderr
     flags = [f"--data={rows}", "--init_from=a\0b", f"--out_dir={tmp_path}/out"]
     said = run_here("train.py", *flags, expect=2).stderr
-    assert said == "train.py: 'a\\x00b': no path holds a NUL character\n"
+    assert said == "train.py: --init_from has characters that are none: 'a\\x00b'\n"
     place = tried(good, "plain", MODEL["model empty"][0], tmp_path / "tokenizer")
     result = run_script("sample.py", place, "--prompt=a", expect=2)
     [line] = result.stderr.splitlines()

@@ -680,7 +680,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     monkeypatch.setitem(sys.modules, "wandb", Logged())
     other = [data.Example([5, 6], ([7, 8], [9]))] * 9  # the file was changed since
     monkeypatch.setattr(data, "read_examples", lambda *_: iter(other))
-    printed = train_here(f"--data={world.paths['data']}", f"--out_dir={out}", "--resume")
+    own, *printed = train_here(f"--data={world.paths['data']}", f"--out_dir={out}", "--resume")
+    assert own.startswith("--resume: by this run's own settings: --batch_size=3 --beta=0.5 ")
+    assert "--data=" not in own and " --loss=bco" * (name == "bco") in own
     assert_says(printed, expected_lines(done, world, out, first=4))
     assert numbers(out) == numbers(done.out)
     assert (out / "run.json").read_bytes() == before
@@ -870,13 +872,13 @@ def test_a_reference_that_is_not_the_policy_is_refused(
     by[:] = 0
     with torch.no_grad():
         model.norm.weight[3] = math.nan
-    with pytest.raises(data.DataError, match="differ by nan nats"):
+    sentence = "^place: weight norm.weight is not finite$"
+    with pytest.raises(data.DataError, match=sentence):
         check()  # what is kept is finite, and what these weights say is not
     by[3] = math.nan  # not kept, and so computed
-    sentence = "^place: log-probs by these weights are not finite$"
     with pytest.raises(data.DataError, match=sentence):
         check()
-    sentence = "^the new model: log-probs by these weights are not finite$"
+    sentence = "^the new model: weight norm.weight is not finite$"
     with pytest.raises(data.DataError, match=sentence):
         train.with_reference(dataset, model, "", run)
 
@@ -928,7 +930,7 @@ def keep(world, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         monkeypatch.setattr(kept, "check", lambda *inputs: checked.append(inputs))
         values = kept.kept(compute, dataset, model, directory, run)
-        assert checked == [(values, compute, dataset, directory, run)]
+        assert checked == [(values, compute, dataset, model, directory, run)]
         assert values.dtype == torch.float64 and values.shape == (5,)
         return count[0] > before, values.tolist(), capsys.readouterr().out
 

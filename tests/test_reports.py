@@ -31,6 +31,7 @@ import train
 from experiments import losses, reviews
 from extra import attention, checkpoints, encoded
 from extra.chunked import ChunkedLogps
+from extra.guard import sha256
 from extra.objectives import LOSSES
 from model import (
     CheckpointError,
@@ -567,14 +568,20 @@ def test_the_experiment_trains_on_its_files_and_reports(tmp_path, monkeypatch, c
     state.parent.mkdir(parents=True)
     content = {"settings": vars(replace(usual, data=files[0], out_dir=str(out)))}
     content |= {"cwd": str(Path.cwd()), "digests": {}}
-    state.write_text(json.dumps(content))
+
+    def leave():
+        state.write_text(json.dumps(content))
+        manifest = {state.name: [state.stat().st_size, sha256(state)]}
+        state.with_name("manifest.json").write_text(json.dumps(manifest))
+
+    leave()
     assert "report" not in run("--resume"), "somebody's own run"
     (out / "sft.jsonl").write_text("")
     found = run("--resume")
     assert found["settings"].data == files[0] and "write" not in found
     assert found["report"] == [out, out / "sft"]
     content["settings"]["data"] = "mine.jsonl"
-    state.write_text(json.dumps(content))
+    leave()
     assert "report" not in run("--resume"), "on files of one's own, beside an old experiment"
 
 

@@ -928,7 +928,8 @@ def saves_states(before: Run, after: Run):
         assert {path.name for path in state.iterdir()} == files | tensors
         point = json.loads((state / "point.json").read_text())
         totals, ratio = point.pop("totals"), point.pop("mean_logratio")
-        assert point == after.about | {"stage": name[:-2], "step": step, "state": name}
+        where = {"stage": name[:-2], "step": step, "state": name, "skipped": {}}
+        assert point == after.about | where
         by_hand, sums = ByHand(after, llm.read_weights(after.out / "sft")), Counter()
         for done in after.steps["dpo"][: step or 6]:
             _, last = by_hand.sums("dpo", done.before, done.batches)
@@ -1497,6 +1498,14 @@ def write_point(out: Path, settings: train.Settings, cwd: Path, digests: dict | 
     state.mkdir(parents=True, exist_ok=True)
     point = {"settings": dataclasses.asdict(settings), "cwd": str(cwd), "digests": digests or {}}
     (state / "point.json").write_text(json.dumps(point))
+    size, digest = (state / "point.json").stat().st_size, guard.sha256(state / "point.json")
+    (state / "manifest.json").write_text(json.dumps({"point.json": [size, digest]}))
+
+
+def changes_said(capsys) -> str:
+    """What was printed, but for the settings that a run has from its beginning."""
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    return "".join(line for line in lines if "by this run's own settings" not in line)
 
 
 def test_a_resumed_run_keeps_its_settings_but_for_where_and_how_often(refusal, tmp_path, capsys):
@@ -1519,11 +1528,11 @@ def test_a_resumed_run_keeps_its_settings_but_for_where_and_how_often(refusal, t
         changes = f"--resume: {name} is {value!r} from here on, and was {old[name]!r}\n"
         named = name in ("data", "eval_data")  # what they name is compared later
         assert refusal(**(about | {name: value})) == ("" if name in free or named else expected)
-        assert capsys.readouterr().out == (changes if name in free else "")
+        assert changes_said(capsys) == (changes if name in free else "")
         assert refusal(**(about | {name: old[name]})) == ""
         settings = train.parse_settings([*resumed, flag(name, old[name])])
         assert settings == dataclasses.replace(before, resume=True, out_dir=str(tmp_path))
-        assert capsys.readouterr().out == ""
+        assert changes_said(capsys) == ""
         if name in free or named:
             settings = train.parse_settings([*resumed, f"{flag(name, value)}"])
             changed = {name: value, "resume": True, "out_dir": str(tmp_path)}
@@ -1573,6 +1582,7 @@ def test_a_resumed_run_is_of_the_contents_that_it_began_with(world, tmp_path):
             guard.begin(run)
         except data.DataError as error:
             return str(error)
+        assert run.about.pop("torch") == torch.__version__
         assert run.about == {"ranks": 1, "cwd": str(Path.cwd()), "digests": digests}
         return ""
 
@@ -1842,7 +1852,7 @@ def test_log_probs_that_are_not_finite_are_refused_and_not_taken(tmp_path):
     place.mkdir()
     (place / "model.safetensors").write_text("one")
     model, dataset = (
-        SimpleNamespace(config=llm.ModelConfig.new(9, 8, 1, 1)),
+        SimpleNamespace(config=llm.ModelConfig.new(9, 8, 1, 1), named_parameters=dict),
         data.to_dataset([tree]),
     )
     for checkpoint, named in ((place, str(place)), ("", "the new model")):
@@ -1893,6 +1903,7 @@ def test_data_is_encoded_once_by_one_rank_and_read_by_all(tmp_path, monkeypatch,
         settings = SimpleNamespace(resume=resume, rendered=False)
         about = {"digests": {"data": "0a"}}
         run = SimpleNamespace(out=tmp_path, settings=settings, about=about, alone=alone)
+        run.watch = lambda items, *_: items
         dataset, found = encoded.encode_once(run, "eval pairs", some, tokenizer, 11, 5)
         assert found == counts and counts["prompts cut"] > 0
         for field in dataclasses.fields(data.Dataset):
