@@ -696,6 +696,12 @@ def write_state():
         for name in ("pairs.jsonl", "held.jsonl"):
             shutil.copy(toy.place / name, STATE)
         (STATE / "end.json").write_text(json.dumps(whole, indent=1) + "\n")
+        for path in (STATE / "run" / "run.json", STATE / "run/resume/dpo-2/point.json"):
+            path.write_text(path.read_text().replace(directory, "/anywhere"))
+        manifest = path.with_name("manifest.json")
+        files = json.loads(manifest.read_text())
+        files[path.name] = [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        manifest.write_text(json.dumps(files, indent=0))
     files = [path for path in STATE.rglob("*") if path.is_file()]
     print(f"{STATE}: {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
 
