@@ -163,7 +163,7 @@ def evaluate(model, batches: Iterable, loss_of, run) -> dict[str, float]:
 
 
 def take_step(model, optimizer, batches: Iterable, loss_of, scale: float, clip: float, run) -> dict:
-    """Forward, loss, backward for each micro-batch; clip; step, if all is finite. (all ranks) scale:
+    """Forward, loss, backward for each micro-batch; clip; step, if it is finite. (all ranks) scale:
     of the summed losses. Returns the sums for the metrics, over all ranks; {} without a step."""
     sums = Counter()
     for batch in batches:
