@@ -309,7 +309,10 @@ def run_experiment(arguments: list[str]):
         flags = {name: x for name, x in flags.items() if name not in given | unused}
         train.main([*[f"--{name}={x}" for name, x in flags.items()], *arguments])
     if first and settings.epochs:
-        report(out, out / "sft" if settings.sft_epochs else settings.init_from)
+        try:
+            report(out, out / "sft" if settings.sft_epochs else settings.init_from)
+        except KeyboardInterrupt:  # the run is saved
+            sys.exit(130)
 
 
 def label(candidates: str, out: str):

@@ -239,6 +239,8 @@ def main():
                 unusable += diagnose(path, held_out, set(), tokenizer, limits, 0)[UNUSABLE]
             for path in files:
                 total += diagnose(path, seen, held_out, tokenizer, limits, args.show, out)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except data.DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ made_of.json: the digest of what it was made of, and of each of these files.
 import hashlib
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 import data
 from extra.guard import sha256
+from extra.reading import parse_json, read_bytes
 
 ARRAYS = ("tokens", "learnt", "offsets", "trees", "facts", "where")
 FILES = (*(f"{array}.npy" for array in ARRAYS), "counts.json")
@@ -38,8 +40,8 @@ def encode_in(place: Path, run, examples, tokenizer, *limits):
     key = digest(run, tokenizer, limits)
     if run.settings.resume and is_whole(made_of, key):
         return
+    shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
-    made_of.unlink(missing_ok=True)
     attempt = getattr(examples, "attempt", call)  # bad rows may be skipped, and are counted
     ahead = encode_ahead(run.watch(examples, False), tokenizer, attempt)
     dataset, found = data.encode(ahead, tokenizer, *limits)
@@ -64,9 +66,9 @@ def digest(run, tokenizer, limits: tuple) -> str:
 def is_whole(made_of: Path, key: str) -> bool:
     """Whether what is there was made of the same, and is as it was written."""
     try:
-        made = json.loads(made_of.read_text(encoding="utf-8"))
+        made = parse_json(read_bytes(made_of))
         files = {name: sha256(made_of.parent / name) for name in FILES}
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
     return made == {"key": key, "files": files}
 

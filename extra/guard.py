@@ -23,12 +23,15 @@ import torch.distributed as dist
 
 from data import DataError
 from extra.checkpoints import places_of
+from extra.reading import size_of
 from model import CheckpointError
 
 HELD = WeakValueDictionary()  # the locks of this process, by the paths of the directories
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MISTAKES = (DataError, CheckpointError, OSError, ImportError)
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LARGE, UNMOVED = 1e3, 1e-4  # root mean square of weights; share of the loss
+FAR = 0.01  # of a mean reward, in nats
 
 
 class Stopped(Exception):
@@ -64,6 +67,8 @@ def begin(run):
         before = newest(run.out, whole=False).get("digests", found)
         for name in sorted(found.keys() | before.keys()):
             if found.get(name) != before.get(name):
+                for path in filter(None, getattr(run.settings, name).split(",")):
+                    os.stat(path)  # it may have gone: that is another sentence
                 what = f"what --{name} names is not what this run began with"
                 raise DataError(f"--resume: {what}: begin another run, in another --out_dir")
 
@@ -75,6 +80,8 @@ def hold(out: Path):
     key = str(out.resolve())
     if key in HELD:
         return HELD[key]
+    if (out / "lock").exists():
+        size_of(out / "lock")  # to open a pipe might never end
     file = open(out / "lock", "a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,6 +156,10 @@ def saved_if_stopped(run):
             where = " step ".join(run.point["state"].split("-")) if run.point else "the beginning"
             print(f"train.py: stopped by {stopped} at {where}: {how}", file=sys.stderr)
         sys.exit(128 + signal.Signals[str(stopped)])
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:  # write() does not say where
+            raise DataError(f"{run.out}: cannot be written ({error.strerror})") from None
+        raise
     except (MemoryError, RuntimeError) as error:
         reason = one_line(error) or "memory"
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
@@ -200,12 +211,16 @@ def prepare(model, directory: Path, run):
 
 
 def say_if_unmoved(metrics: Path):
-    """If the loss of the last stage is what it was when it began."""
+    """If the loss of the last stage is what it was when it began, and its rewards, too: a loss that
+    saturates, as KTO's, is the same again where the policy has run far away."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["stage"] == rows[-1]["stage"]]
-    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
-    losses = losses or [row["train/loss"] for row in rows if "train/loss" in row]
-    if len(losses) > 1 and abs(losses[-1] - losses[0]) < UNMOVED * abs(losses[0]):
+    prefix = "eval" if any("eval/loss" in row for row in rows) else "train"
+    rows = [row for row in rows if f"{prefix}/loss" in row]
+    losses = [row[f"{prefix}/loss"] for row in rows]
+    rewards = [row.get(f"{prefix}/rewards/chosen", 0.0) for row in rows]
+    still = len(losses) > 1 and abs(rewards[-1] - rewards[0]) < FAR
+    if still and abs(losses[-1] - losses[0]) < UNMOVED * abs(losses[0]):
         why = "is the learning rate too small, or the warmup as long as the run?"
         print(f"{rows[0]['stage']}: the loss has not moved from {losses[0]:.6g}: {why}", flush=True)
 
@@ -217,6 +232,8 @@ def one_line(what, most: int = 200) -> str:
 
 
 def sha256(path: Path) -> str:
+    """Raises OSError, also for what is no file: a pipe might never end."""
+    size_of(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -145,9 +145,9 @@ def check_writable(out: Path, given: str):
                 place = place.parent
             with tempfile.TemporaryFile(dir=place):  # in it, or where it will be made
                 pass
-        for name in ("model.safetensors", "config.json", "run.json", "metrics.jsonl"):
-            if (out / name).is_dir():
-                raise IsADirectoryError(0, f"{name} there is a directory")
+        for name in ("model.safetensors", "config.json", "run.json", "metrics.jsonl", "lock"):
+            if (out / name).exists() and not (out / name).is_file():
+                raise OSError(0, f"{name} there is not a regular file")
     except OSError as error:
         where = short(str(out), 200)
         raise DataError(f"--out_dir: {where} cannot be written ({error.strerror})") from None
@@ -183,7 +183,7 @@ def say_settings(s, given: dict, point: dict):
             own[name] = saved[name]
     options = inspect.signature(find_loss(saved.get("loss", "dpo"))).parameters
     for name, value in saved.get("options", {}).items():
-        if name not in given and value != options[name].default:
+        if name in options and name not in given and value != options[name].default:
             own[name] = value
     told = " ".join(f"--{name}={short(str(own[name]))}" for name in sorted(own))
     if own and os.environ.get("RANK", "0") == "0":

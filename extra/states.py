@@ -23,6 +23,7 @@ import torch
 import model as llm
 from data import DataError
 from extra.guard import one_line, sha256
+from extra.reading import parse_json, read_bytes
 
 PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -77,12 +78,20 @@ def finish(out: Path, point: dict, before: str | None):
     for path in (*made.iterdir(), made) if made and made.is_dir() else ():
         sync(path)
     place = new.with_name(point["state"])
-    shutil.rmtree(place, ignore_errors=True)  # it was passed over
+    remove(place)  # it was passed over
     new.rename(place)
     sync(place.parent)
     for old in place.parent.iterdir():
         if old.name not in (place.name, before):
-            shutil.rmtree(old)
+            remove(old)
+
+
+def remove(path: Path):
+    """A directory; or a file, which a person or a file system may have left among them."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_evaluation(row: dict, point: dict) -> bool:
@@ -112,12 +121,14 @@ def load(run, stage: str, model, optimizer) -> tuple[int, Counter]:
 
 
 def read_tensors(place: Path, model, optimizer):
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()  # so that there are moments, which are read into, as are the weights
-    optimizer.zero_grad()
     path = place / "state.safetensors"
-    saved, tensors = llm.read_safetensors(path), tensors_of(model, optimizer)
+    saved = llm.read_safetensors(path)
+    if saved.keys() != tensors_of(model, optimizer).keys():  # but where all steps were skipped
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # so that there are moments, which are read into, as are the weights
+        optimizer.zero_grad()
+    tensors = tensors_of(model, optimizer)
     if saved.keys() != tensors.keys():
         raise DataError(f"{path}: another model's, another optimizer's or another version's")
     for name, tensor in tensors.items():
@@ -154,7 +165,7 @@ def places_in(out: Path) -> list[Path]:
 
 def read(place: Path, whole: bool) -> dict:
     """What point.json of a state says. Raises ValueError and others for one that is not whole."""
-    manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+    manifest = parse_json(read_bytes(place / "manifest.json"))
     names = ("point.json", "metrics.jsonl", *manifest) if whole else ("point.json",)
     for name in dict.fromkeys(names):
         size, digest = manifest[name]
@@ -162,13 +173,17 @@ def read(place: Path, whole: bool) -> dict:
         if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise ValueError(f"{name} is not what was written")
     point = json.loads((place / "point.json").read_text(encoding="utf-8"))
+    settings, digests, here = dict(point["settings"]), dict(point["digests"]), os.getcwd()
+    if not isinstance(settings["loss"], str) or not isinstance(settings["options"], dict):
+        raise ValueError("its settings are not those of a run")
     if not whole:
-        settings, here = dict(point["settings"]), os.getcwd()
         for name in PATHS if point["cwd"] != here else ():  # relative to where it was begun
             paths = filter(None, settings[name].split(","))
             settings[name] = ",".join(os.path.join(point["cwd"], path) for path in paths)
-        return {"settings": settings, "digests": dict(point["digests"])}
+        settings["out_dir"] = str(place.parent.parent)  # where it is now: it may have been moved
+        return {"settings": settings, "digests": digests}
     numbers = [point["step"], point["mean_logratio"], *point["totals"].values()]
-    if point["state"] != place.name or not all(type(n) in (int, float) for n in numbers):
+    names = {place.name, point["state"], f"{point['stage']}-{point['step']}"}
+    if len(names) > 1 or not all(type(n) in (int, float) for n in numbers):
         raise ValueError("point.json is not that of a state")
     return point

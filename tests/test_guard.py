@@ -19,7 +19,8 @@ from test_lora import adapted, merged_by_hand
 import data
 import dpo
 import train
-from extra import guard, refusals, states
+from experiments import reviews
+from extra import doctor, guard, refusals, states
 from extra import weights as files_of_weights
 from model import Transformer, load_pretrained, read_safetensors, save_pretrained
 
@@ -331,6 +332,14 @@ def test_which_losses_are_compared(rows, moved, tmp_path, capsys):
     assert bool(capsys.readouterr().out) == (not moved)
 
 
+def test_a_loss_that_is_the_same_again_has_moved_where_rewards_have(tmp_path, capsys):
+    """KTO's is 1 at the start, and 1 again where it is saturated."""
+    for reward, said in ((-15.0, False), (0.02, False), (0.001, True)):
+        rows = [{"stage": "dpo", "eval/loss": 1.0, "eval/rewards/chosen": x} for x in (0, reward)]
+        guard.say_if_unmoved(Path(write_jsonl(tmp_path / "metrics.jsonl", rows)))
+        assert ("has not moved" in capsys.readouterr().out) == said
+
+
 # What is not finite from the start
 
 
@@ -511,3 +520,34 @@ def test_sums_between_two_rows_survive_a_kill(call, first, start, tmp_path):
     resumed = start("out", *flags, "--resume=true").stdout
     assert f"{stage}: 12 examples, steps {step} to 8 of 3\n" in resumed
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_a_stop_before_any_step_was_taken(optimizer, start, tmp_path, monkeypatch):
+    """All steps until then were skipped: the optimizer has no moments yet."""
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(12, bad=range(6)))
+    flags = [f"--data={path}", "--shuffle=false", "--sft_epochs=0", f"--optimizer={optimizer}"]
+    start("whole", *flags)
+    with monkeypatch.context() as patch:
+        stopped(patch, "take_step", 2)
+        start("out", *flags, expect=128 + signal.SIGTERM)
+    assert "steps 2 to 4 of 3\n" in start("out", *flags, "--resume=true").stdout
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_what_follows_a_run_and_what_comes_before_it_may_be_interrupted(tmp_path, monkeypatch):
+    """The report of the built-in experiment, and the look at data: no traceback, nothing half."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3
+    path, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "usable.jsonl"
+    monkeypatch.setattr(doctor, "diagnose", interrupted)
+    done = run_here("extra/doctor.py", path, f"--out={out}", expect=130)
+    assert not done.stderr and not list(tmp_path.glob("usable*"))
+    monkeypatch.setattr(reviews, "write", lambda *_: None)
+    monkeypatch.setattr(reviews, "report", interrupted)
+    monkeypatch.setattr(train, "train", lambda run: run.say("saved"))
+    done = run_here("train.py", f"--out_dir={tmp_path / 'out'}", expect=130)
+    assert done.stdout == "saved\n" and not done.stderr

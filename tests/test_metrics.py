@@ -847,7 +847,7 @@ def test_a_reference_that_is_not_the_policy_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(kept, "check", lambda values, *_: exact.append(values.numpy()))
         train.with_reference(dataset, model, "", run)
-    monkeypatch.setattr(kept, "find", lambda *_: (Path("kept.npy"), exact[0] + by))
+    monkeypatch.setattr(kept, "find", lambda *_: (tmp_path / "kept.npy", exact[0] + by))
     check = lambda: train.with_reference(dataset, model, "place", run)
     for response in range(7):  # of three examples, one of which is a ranking
         for sign in (-1, 1):
@@ -856,8 +856,10 @@ def test_a_reference_that_is_not_the_policy_is_refused(
             capsys.readouterr()
             check()
             said = capsys.readouterr().out
-            words = "reference: 15 log-probs found in kept.npy\nstep 0: the largest log-ratio is"
-            worst = float(re.fullmatch(rf"{words} (\S+) nats .*\n", said)[1])
+            words = f"found in {tmp_path}/kept.npy\nstep 0: the largest log-ratio is"
+            worst = float(
+                re.fullmatch(rf"reference: 15 log-probs {words} (\S+) nats .*\n", said)[1]
+            )
             assert worst == pytest.approx(0.95 * tolerance, rel=0.1)
             assert said.endswith(f"(tolerance {tolerance})\n")
             by[response] = sign * 1.2 * tolerance

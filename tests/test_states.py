@@ -2,6 +2,7 @@
 lock, signals, ranks that die, another number of ranks. Runs are forks, as in tests/killing.py."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -93,7 +94,9 @@ def test_a_full_disk_is_one_sentence_and_costs_no_state(place, world):
 def test_files_that_cannot_get_long(limit, world):
     """Likewise, by the kernel: the tokenizer, the model or the state does not fit."""
     world.toy.clear()
-    one_sentence(world.toy.run(limit=limit), "File too large|written|write")
+    one_sentence(
+        world.toy.run(limit=limit), r"^train.py: out: cannot be written \(File too large\)"
+    )
     goes_on(world)
 
 
@@ -225,6 +228,85 @@ def test_what_a_kill_leaves_is_no_matter(world, stopped):
     assert (
         not (stopped.out / "resume" / "new").exists() and not (stopped.out / "saving.tmp").exists()
     )
+
+
+def forge(place, changes: dict):
+    """Change what point.json of a state says, and its digest with it."""
+    point = json.loads((place / "point.json").read_text())
+    for name, value in changes.items():
+        merged = isinstance(value, dict) and name == "settings"
+        point[name] = point[name] | value if merged else value
+    content = json.dumps(point).encode()
+    (place / "point.json").write_bytes(content)
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["point.json"] = [len(content), hashlib.sha256(content).hexdigest()]
+    (place / "manifest.json").write_text(json.dumps(manifest))
+
+
+FORGED = [
+    *({"step": step} for step in (-1, 2.0, 2.5, True, None, "2", 3)),
+    *({"stage": stage} for stage in ("sft", None)),
+    *({"settings": {"loss": loss}} for loss in (["dpo"], {"dpo": 1})),
+    *({"settings": {"options": options}} for options in ([1], 3, None)),
+    *({name: "x"} for name in ("settings", "digests", "totals", "mean_logratio")),
+]
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_state_with_other_things_in_it_is_passed_over(forged, world, stopped):
+    """Though its digests are right."""
+    forge(stopped.out / "resume" / "dpo-2", forged)
+    assert "steps 1 to 3" in goes_on(world)
+
+
+def test_pipes_in_place_of_files(world, stopped):
+    """Nothing waits for what might never be written."""
+    for name in ("resume/dpo-2/manifest.json", "encoded/pairs/made_of.json",
+                 "encoded/pairs/tokens.npy", "resume/dpo-7", "sft/reference-0123456789abcdef.npy"):  # fmt: skip
+        stopped.put_back(world.stopped)
+        path = stopped.out / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        assert resume(stopped, world.whole)[0] == "exact", name
+    for name in ("lock", "metrics.jsonl", "run.json"):
+        for flags in ([], ["--resume"]):
+            stopped.put_back(world.stopped)
+            (stopped.out / name).unlink()
+            os.mkfifo(stopped.out / name)
+            one_sentence(stopped.run(*flags), f"{name} there is not a regular file")
+
+
+def test_files_among_the_states_are_no_matter(stopped, world):
+    """Whoever left them; a link is removed, and not what it leads to."""
+    for name in (".nfs0001", "notes", "dpo-9"):
+        (stopped.out / "resume" / name).write_text("")
+    shutil.rmtree(stopped.out / "resume" / "dpo-2")
+    (stopped.out / "resume" / "dpo-2").write_text("")
+    (stopped.out / "resume" / "link").symlink_to(stopped.place)
+    assert "steps 1 to 3" in goes_on(world)
+    names = sorted(path.name for path in (stopped.out / "resume").iterdir())
+    assert names == ["done-0", "dpo-2"] and (stopped.place / "pairs.jsonl").exists()
+
+
+def test_a_directory_that_was_moved_is_resumed_where_it_is(world, stopped):
+    """Its settings name the place where it began: nobody writes there."""
+    moved = stopped.place / "out" / "reviews"
+    kept = stopped.keep("moved")
+    stopped.clear()
+    moved.parent.mkdir()
+    kept.rename(moved)
+    flags = [flag for flag in stopped.flags if not flag.startswith("--out_dir")]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=stopped.place, env=environment, text=True, capture_output=True, check=True
+    )
+    assert "steps 2 to 3" in done.stdout and done.stdout.endswith("saved out/reviews\n")
+    assert [path.name for path in (stopped.place / "out").iterdir()] == ["reviews"]
+
+
+def test_data_that_is_gone_is_said_to_be(stopped):
+    one_sentence(stopped.run("--resume", "--data=gone.jsonl"), "No such file .*gone.jsonl")
 
 
 def test_a_finished_run_says_so(world):
