@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from data import DataError
 from extra.checkpoints import places_of
-from extra.reading import size_of
-from model import CheckpointError
+from extra.reading import parse_json, read_bytes, size_of
+from model import CheckpointError, write_whole
 
 HELD = WeakValueDictionary()  # the locks of this process, by the paths of the directories
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -68,9 +68,18 @@ def begin(run):
         for name in sorted(found.keys() | before.keys()):
             if found.get(name) != before.get(name):
                 for path in filter(None, getattr(run.settings, name).split(",")):
-                    os.stat(path)  # it may have gone: that is another sentence
+                    if not os.path.exists(path):
+                        raise DataError(f"--resume: {path}: --{name} names it, but it is not there")
                 what = f"what --{name} names is not what this run began with"
                 raise DataError(f"--resume: {what}: begin another run, in another --out_dir")
+        if before is not found and not is_json(run.out / "run.json"):  # it was lost, or torn
+            write_whole(run.out / "run.json", json.dumps(run.about, indent=2).encode())
+
+
+def is_json(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return isinstance(parse_json(read_bytes(path)), dict)
+    return False
 
 
 def hold(out: Path):
@@ -256,4 +265,5 @@ def files_of(checkpoint: Path) -> list[Path]:
         return [checkpoint]
     files = [file for place in places_of(checkpoint) for file in sorted(place.iterdir())]
     kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
-    return [file for file in files if file.suffix in kinds and file.name != "run.json"]
+    files = [file for file in files if file.suffix in kinds and file.name != "run.json"]
+    return [file for file in files if file.is_file()]

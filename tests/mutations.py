@@ -480,7 +480,7 @@ MISTAKES = [
     ("extra/checkpoints.py", "a saved config.json has the ends of both files", '        if "eos_token_id" in kept:  # ours', '        if "eos_token_id" in ():  # ours', "test_checkpoints.py::test_saving_keeps_what_the_source_says"),
     ("extra/cache.py", "a token beyond the vocabulary passes", ">= c.vocab_size:", "> c.vocab_size:", "test_scoring.py::test_text_is_refused_before_anything_is_printed"),
     ("extra/states.py", "paths are relative to where the run is resumed", 'for name in PATHS if point["cwd"] != here else ():', "for name in ():", "test_settings.py::test_a_resumed_run_finds_its_files_from_anywhere"),
-    ("extra/refusals.py", "a mistyped directory begins a run", '    if not point and "data" not in given:\n', "    if False:\n", "test_scoring.py::test_the_same_file_is_the_same_setting"),
+    ("extra/refusals.py", "a mistyped directory begins a run", '    if not point and "data" not in given:\n', "    if False:\n", "test_scoring.py::test_the_same_contents_are_the_same_setting"),
     ("extra/refusals.py", "every process says where a run begins", 'first = os.environ.get("RANK", "0") == "0"', "first = True", "test_scoring.py::test_one_process_says_where_a_run_begins"),
     ("extra/guard.py", "the order of files does not count", '"".join(map(sha256, paths))', '"".join(sorted(map(sha256, paths)))', "test_settings.py::test_a_resumed_run_is_of_the_contents_that_it_began_with"),
     ("data.py", "without its room a line that is no JSON is an import that fails", "suppress(ImportError):\n        from extra.files", "suppress(KeyError):\n        from extra.files", "test_house.py::test_it_runs_without_its_rooms"),
@@ -649,7 +649,7 @@ MISTAKES = [
     ('extra/guard.py', 'no loop sees the signal', 'asked = run.signal', 'asked = 0', 'test_states.py::test_a_signal_saves_a_state'),
     ('extra/guard.py', "a launcher's second signal at once ends the run", 'if first and time.monotonic() - first > 1:', 'if first:', 'test_states.py::test_a_second_signal_ends_at_once'),
     ('extra/guard.py', 'the lock is let go at once', 'run.lock = hold(run.out)', 'hold(run.out)', 'test_states.py::test_a_directory_is_locked_for_the_life_of_a_run'),
-    ('extra/guard.py', 'each rank looks at its own signal only', 'if run.world > 1 and together:', 'if False:', 'test_states.py::test_a_signal_on_two_ranks[between micro-batches]'),
+    ('extra/guard.py', 'each rank looks at its own signal only', 'if run.world > 1 and together:', 'if False:', 'test_states.py::test_a_signal_on_two_ranks'),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]

@@ -354,11 +354,13 @@ def test_the_same_contents_are_the_same_setting(tmp_path, monkeypatch):
     refused = "^--resume: what --{} names is not what this run began with: begin another run, in"
     for flags in (
         [f"--data={started}/b.jsonl,{started}/a.jsonl"], [f"--data={started}/a.jsonl"],
-        [f"--data={started}/none.jsonl"], ["--eval_data=started/d.jsonl"],
+        ["--eval_data=started/d.jsonl"],
         ["--init_from=started/other"],
     ):  # fmt: skip
         with pytest.raises(data.DataError, match=refused.format(flags[0][2:].split("=")[0])):
             resume(*flags)
+    with pytest.raises(data.DataError, match="none.jsonl: --data names it, but it is not there$"):
+        resume(f"--data={started}/none.jsonl")
     for flag in (
         "--eval_data=",
         "--sft_data=started/a.jsonl",

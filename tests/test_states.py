@@ -306,7 +306,10 @@ def test_a_directory_that_was_moved_is_resumed_where_it_is(world, stopped):
 
 
 def test_data_that_is_gone_is_said_to_be(stopped):
-    one_sentence(stopped.run("--resume", "--data=gone.jsonl"), "No such file .*gone.jsonl")
+    one_sentence(
+        stopped.run("--resume", "--data=gone.jsonl"),
+        "gone.jsonl: --data names it, but it is not there",
+    )
 
 
 def test_a_finished_run_says_so(world):
@@ -567,3 +570,16 @@ def test_a_state_of_an_earlier_commit_is_resumed(world):
     assert "steps 2 to 3" in result.out
     expected = json.loads((STATE / "end.json").read_text())
     same_rows(toy.end()["metrics"], expected["metrics"])
+
+
+@pytest.mark.parametrize("torn", [None, "", '{"settings": {"da'])
+def test_a_lost_run_json_is_written_when_the_run_is_resumed(torn, world):
+    toy = world.toy
+    toy.put_back(world.stopped)
+    path = toy.out / "run.json"
+    about = json.loads(path.read_text())
+    path.unlink() if torn is None else path.write_text(torn)
+    assert toy.run("--resume").status == 0
+    written = json.loads(path.read_text())
+    assert written.pop("settings") == about.pop("settings") | {"resume": True}
+    assert written == about
