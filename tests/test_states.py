@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 from killing import FINE, NEVER, STATE, Toy, leaves, newest_complete, outcome, resume
 
+from extra import states
 from model import load_pretrained
 
 
@@ -583,3 +584,34 @@ def test_a_lost_run_json_is_written_when_the_run_is_resumed(torn, world):
     written = json.loads(path.read_text())
     assert written.pop("settings") == about.pop("settings") | {"resume": True}
     assert written == about
+
+
+def test_the_newest_state_is_the_furthest(tmp_path):
+    """By stage, then by steps, which are numbers; that a run is done counts while its end is there."""
+    for name in (
+        "sft-9",
+        "sft-10",
+        "dpo-0",
+        "dpo-9",
+        "dpo-10",
+        "done-0",
+        "new",
+        "dpo-x",
+        "other-3",
+    ):
+        (tmp_path / "resume" / name).mkdir(parents=True)
+    order = ["dpo-10", "dpo-9", "dpo-0", "sft-10", "sft-9"]
+    assert [place.name for place in states.places_in(tmp_path)] == order
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    assert [place.name for place in states.places_in(tmp_path)] == ["done-0", *order]
+
+
+def test_a_state_has_no_evaluation_of_its_own_step():
+    """Who goes on from it evaluates that step; rows of training, and of other steps, stay."""
+    point = {"stage": "dpo", "step": 4}
+    for row, expected in (
+        (point | {"eval/loss": 1.0}, True), (point | {"train/loss": 1.0}, False),
+        ({"stage": "sft", "step": 4, "eval/loss": 1.0}, False), ({"stage": "dpo", "step": 2, "eval/loss": 1.0}, False),
+    ):  # fmt: skip
+        assert states.is_evaluation(row, point) is expected
