@@ -17,6 +17,7 @@ import numpy as np
 import data
 from extra.guard import sha256
 from extra.reading import parse_json, read_bytes
+from model import write_whole
 
 ARRAYS = ("tokens", "learnt", "offsets", "trees", "facts", "where")
 FILES = (*(f"{array}.npy" for array in ARRAYS), "counts.json")
@@ -50,9 +51,7 @@ def encode_in(place: Path, run, examples, tokenizer, *limits):
         np.save(place / f"{array}.npy", getattr(dataset, array))
     (place / "counts.json").write_text(json.dumps(found), encoding="utf-8")
     files = {name: sha256(place / name) for name in FILES}
-    new = place / "made_of.new"
-    new.write_text(json.dumps({"key": key, "files": files}), encoding="utf-8")
-    new.replace(made_of)
+    write_whole(made_of, json.dumps({"key": key, "files": files}).encode())
 
 
 def digest(run, tokenizer, limits: tuple) -> str:

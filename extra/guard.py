@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -53,7 +52,6 @@ def protect(run):
     run.skipped, run.skip = {}, partial(skip, run)
     run.save_state, run.load_state = partial(states.save, run), partial(states.load, run)
     catch_signals(run)
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
     run.alone(begin, run)
 
 

@@ -1235,7 +1235,8 @@ def test_what_was_not_finished_is_not_taken(tmp_path, monkeypatch):
         assert count(run_at(tmp_path), small(5)) == 5
         written.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            for place, name in ((np, "save"), (Path, "write_text"), (Path, "replace")):
+            names = "write_text", "write_bytes", "replace"
+            for place, name in ((np, "save"), *((Path, name) for name in names)):
                 patch.setattr(place, name, up_to(number, getattr(place, name)))
             count(run_at(tmp_path), small(5))
         assert count(resumed, small(4)) == 4, "though what there is may be whole"
