@@ -139,6 +139,7 @@ class Run:
         self.save_state, self.load_state = lambda *_: None, lambda *_: (0, Counter())
         self.watch, self.saved_if_stopped = lambda items, *_: items, contextlib.nullcontext()
         self.save = lambda: None
+        self.look = lambda stage, step, steps, model: None  # at the model, after so many steps
         with contextlib.suppress(ImportError):
             from extra.guard import protect
 
@@ -310,6 +311,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         if held_out and (step in (0, steps) or (s.eval_every and step % s.eval_every == 0)):
             batches = micro_batches(held_out, None, run, 2)
             run.record(stage, {"step": step} | dpo.evaluate(model, batches, loss_of, run))
+        run.look(stage, step, steps, model)
         run.since += time.perf_counter() - paused
         if step == steps:
             break
