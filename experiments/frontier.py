@@ -1,0 +1,350 @@
+"""Reward against KL for every method, under the exact optimum: one command makes all the runs.
+
+    python experiments/frontier.py                  # about two hours on two cores; --quick: minutes
+    python experiments/report.py out/frontier       # the figures and tables, at any time
+
+All runs are train.py's own loop, on the built-in experiment (experiments/reviews.py), from one SFT
+model. A seed is a set of pairs, their labels and their order: the same for every method and
+setting, so that differences are paired. While a run goes on, and at its end, samples of held-out
+prompts tell its true reward and its KL from the SFT model. Every run has a directory of its own; a
+second start goes on where the first one was stopped.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import sample
+import train
+from experiments import reviews
+from extra.guard import hold
+from extra.reward import measure_kl
+from model import CheckpointError, write_whole
+
+STEPS, BATCH = 188, 32  # of a run, at least: an epoch of the usual number of pairs
+PAIRS = 6_000
+SAMPLES = 400, 2_000  # of a look on the way, and at the end
+METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
+    "DPO": ("dpo", "beta", "β", (0.05, 0.3, 1, 2, 5)),
+    "IPO": ("ipo", "beta", "τ", (0.02, 0.06, 0.17, 0.4, 1)),
+    "KTO": ("kto", "beta", "β", (0.3, 1, 2, 4, 8)),
+    "SimPO": ("simpo --gamma=0.5", "beta", "β", (2, 5, 10, 20, 40)),
+    "RPO": ("dpo --sft_weight=1", "beta", "β", (0.05, 0.3, 1, 2, 5)),
+    "DPO, mean log-probs": ("dpo_norm", "beta", "β", (2, 5, 10, 20, 40)),
+    "Preferred-FT": ("sft", "learning_rate", "lr ", (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)),
+    "unlikelihood": ("unlikelihood", "alpha", "α", (0.1, 0.3, 0.6, 0.8, 0.95)),
+}
+HEADLINE = ("DPO", "IPO", "KTO", "SimPO")  # of ten seeds, the others of five
+FLIPPED = {  # what is done about labels that flip with a known rate
+    "DPO": ("dpo", "beta", "β", (0.05, 0.3, 1, 2, 5)),
+    "cDPO": ("dpo --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
+    "robust DPO": ("robust --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
+}
+RATES = (0.1, 0.2, 0.3, 0.4)
+SIZES = (100, 300, 1000, 3000, 10_000, 30_000)
+
+
+class Entry(NamedTuple):
+    """A run of the sweep, as sweep.json lists it; one run may stand in several panels."""
+
+    run: str  # its directory
+    panel: str
+    method: str
+    setting: str
+    x: float  # where on the panel's axis
+    seed: int
+    flags: str = ""  # of train.py
+    pairs: int = PAIRS
+    flips: float = 0.0  # share of the labels that are turned round
+    right: bool = False  # labels by the true reward, not drawn from it
+    rounds: int = 1  # between which new pairs are sampled from the policy
+
+
+def entries_of(panel: str, methods: dict, seeds, values=slice(None), **rest) -> list[Entry]:
+    found = []
+    for seed, (method, (loss, flag, symbol, settings)) in itertools.product(seeds, methods.items()):
+        for value in settings[values]:
+            where = f"{panel}/{loss.format('').replace(' --', '-')}-{value}/{seed}"
+            flags = f"--loss={loss} --{flag}={value}".format(rest.get("flips"))
+            entry = Entry(where, panel, method, f"{symbol}={value:g}", value, seed, flags, **rest)
+            found.append(entry._replace(setting=entry.setting.replace(" =", " ")))
+    return found
+
+
+def plan(quick: bool) -> list[Entry]:
+    """All runs, what matters most first."""
+    middle = slice(1, 4)
+    if quick:
+        return entries_of("main", METHODS, range(1), middle) + entries_of(
+            "main", {"DPO": METHODS["DPO"]}, range(1, 3), middle
+        )
+    few, plain = range(5), ("--loss=dpo --beta=1", "DPO", "β=1")
+    found = entries_of("main", METHODS, few)
+    usual = [e for e in found if e.method == "DPO" and e.setting == "β=1"]
+    found += [e._replace(panel="pairs", x=PAIRS) for e in usual]
+    for size, seed in itertools.product(SIZES, few):
+        where = f"pairs/{size}/{seed}"
+        found.append(Entry(where, "pairs", *plain[1:], size, seed, plain[0], pairs=size))
+    found += entries_of("flips main", FLIPPED, few, flips=0.2)
+    flipped = [e for e in found if e.panel == "flips main" and e.setting == "β=1"]
+    found += [e._replace(panel="flips", x=0.2) for e in flipped]
+    for name in FLIPPED:
+        found += [e._replace(panel="flips", method=name, x=0.0) for e in usual]
+    for rate in RATES:
+        if rate != 0.2:
+            some = entries_of(f"flips/{rate}", FLIPPED, few, slice(2, 3), flips=rate)
+            found += [e._replace(panel="flips", x=rate) for e in some]
+    found += [e._replace(panel="labels", method="Bradley–Terry") for e in found[: 5 * 40]
+              if e.method == "DPO"]  # fmt: skip
+    right = entries_of("labels", {"DPO": METHODS["DPO"]}, few, right=True)
+    found += [e._replace(method="always right") for e in right]
+    found += [e._replace(panel="rounds", setting="1 round", x=1) for e in usual]
+    for rounds, seed in itertools.product((2, 3), few):
+        what = "rounds", "DPO", f"{rounds} rounds", rounds, seed, f"--loss=dpo --beta={rounds}"
+        found.append(Entry(f"rounds/{rounds}/{seed}", *what, rounds=rounds))
+    collapse = {"f-DPO, JS": ("fdpo_js", "beta", "β", (1,))}
+    found += entries_of("displacement", collapse, few)
+    shown = {("DPO", "β=1"), ("RPO", "β=1"), ("SimPO", "β=20"), ("Preferred-FT", "lr 0.0002")}
+    found += [e._replace(panel="displacement") for e in found
+              if e.panel == "main" and (e.method, e.setting) in shown]  # fmt: skip
+    return found + entries_of("main", {name: METHODS[name] for name in HEADLINE}, range(5, 10))
+
+
+def write_rows(path: Path, rows: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}")  # two runs may write the same pairs
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    new.replace(path)
+
+
+def pairs_of(entry: Entry) -> list[dict]:
+    """Its preferences: fewer pairs are the first of more, fewer flips are among more."""
+    grammar = reviews.Reviews(entry.seed)
+    turned = np.random.default_rng([entry.seed, 3]).random(max(SIZES)) < entry.flips
+    rows = []
+    for turn, example in zip(turned, grammar.preferences(entry.pairs, "train")):
+        chosen, rejected = example.responses
+        rewards = [round(grammar.score(example.prompt, y)[1], 6) for y in example.responses]
+        wrong = entry.right and rewards[0] < rewards[1]
+        if turn or wrong:
+            chosen, rejected = rejected, chosen
+        rows.append({"prompt": example.prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def label(grammar: reviews.Reviews, prompt: str, a: str, b: str, rng) -> dict:
+    """A pair, the better one by Bradley–Terry; what is no review is worse than any that is."""
+    better, worse = (np.nan_to_num(grammar.score(prompt, y)[1], nan=-9) for y in (a, b))
+    if better - worse + rng.logistic() < 0:
+        a, b = b, a
+    return {"prompt": prompt, "chosen": a, "rejected": b}
+
+
+def sampled_pairs(checkpoint: Path, count: int, seed: int) -> list[dict]:
+    """Pairs of the policy's own samples, labelled as all others are."""
+    grammar, rng = reviews.Reviews(seed), np.random.default_rng([seed, 4])
+    model, tokenizer = sample.load(checkpoint)
+    prompts = np.repeat(rng.choice(grammar.prompts["train"], 2 * count), 2).tolist()
+    trees = sample.draw(model, tokenizer, prompts, max_new_tokens=64, seed=seed)
+    texts = [tokenizer.decode(ids, continuation=True) for _, ids in trees]
+    rows = []
+    for prompt, a, b in zip(prompts[::2], texts[::2], texts[1::2]):
+        if a != b and len(rows) < count:
+            rows.append(label(grammar, prompt, a, b, rng))
+    return rows
+
+
+def measure(policy, reference, tokenizer, count: int, seed: int) -> dict[str, float]:
+    """True reward and KL from the reference, ± one standard error, of samples of the evaluation
+    prompts. What the grammar cannot write has reward 0."""
+    grammar = reviews.Reviews()
+    prompts = np.random.default_rng(seed).choice(grammar.prompts["eval"], count).tolist()
+    trees = sample.draw(policy, tokenizer, prompts, max_new_tokens=64, seed=seed)
+    rewards = []
+    for prompt, (_, ids) in zip(prompts, trees):
+        text = tokenizer.decode(ids, continuation=True)
+        rewards.append(grammar.score(prompt, text)[1] if ids[-1] == tokenizer.eos_id else np.nan)
+    kl, accepted = measure_kl(policy, reference, trees), np.isfinite(rewards)
+    rewards = np.where(accepted, rewards, 0.0)
+    row = {"samples": count, "accepted": float(accepted.mean())}
+    for name, values in (("reward", rewards), ("kl", kl)):
+        row |= {name: float(values.mean()), f"{name}_error": float(reviews.error(values))}
+    return {f"policy/{name}": value for name, value in row.items()}
+
+
+def work(entry: Entry, root: Path, samples: tuple[int, int]):
+    """Make one run, and measure it four times. Raises DataError where it diverges."""
+    reference, tokenizer = sample.load(root / "reference")
+    out = root / entry.run
+    start = root / "reference"
+    for number in range(1, entry.rounds + 1):
+        where = out if number == entry.rounds else out / f"round{number}"
+        count = entry.pairs // entry.rounds
+        path = where / "pairs.jsonl"
+        if not path.exists():
+            rows = sampled_pairs(start, count, entry.seed) if number > 1 else pairs_of(entry)
+            write_rows(path, rows[:count])
+        epochs = max(1, STEPS * BATCH // entry.rounds // count)
+        each = -(-count // BATCH) * epochs // 4  # steps between two looks
+        flags = f"""--data={path} --eval_data={root / "eval.jsonl"} --init_from={start}
+            --sft_epochs=0 --epochs={epochs} --batch_size={BATCH} --seed={entry.seed} --resume
+            --eval_every={each} --out_dir={where}"""
+        if "learning_rate" not in entry.flags:
+            flags += " --learning_rate=2e-4"
+        run = train.Run(train.parse_settings([*flags.split(), *entry.flags.split()]))
+
+        def look(run, each, stage, step, steps, model):
+            if step == steps or (step and step % each == 0):
+                count = samples[step == steps]
+                row = measure(model, reference, tokenizer, count, entry.seed)
+                run.record(stage, {"step": step} | row)
+
+        run.look = partial(look, run, each)
+        with run.saved_if_stopped:
+            train.train(run)
+        start = where
+
+
+def make_reference(root: Path):
+    """The SFT model that all runs start from, and the held-out pairs that all are evaluated on."""
+    demonstrations = root / "demonstrations"
+    reviews.write(demonstrations, demonstrations=60_000, pairs=PAIRS)
+    held_out = (demonstrations / "eval.jsonl").read_text(encoding="utf-8").splitlines(True)
+    (root / "eval.jsonl").write_text("".join(held_out[:300]), encoding="utf-8")
+    pairs, shown = demonstrations / "pairs.jsonl", demonstrations / "sft.jsonl"
+    flags = f"""--data={pairs} --sft_data={shown} --epochs=0 --batch_size=32
+        --sft_learning_rate=4e-3 --resume --out_dir={root / "reference"}"""
+    run = train.Run(train.parse_settings(flags.split()))
+    with run.saved_if_stopped:
+        train.train(run)
+
+
+def begun(entry: Entry, root: Path) -> bool:
+    """Is what is in its directory of this very entry? What is of another one is removed."""
+    about = root / entry.run / "entry.json"
+    wanted = entry._replace(panel="", method="", setting="", x=0.0)._asdict()
+    if about.is_file() and json.loads(about.read_text(encoding="utf-8")) == wanted:
+        return True
+    shutil.rmtree(root / entry.run, ignore_errors=True)
+    about.parent.mkdir(parents=True)
+    about.write_text(json.dumps(wanted), encoding="utf-8")
+    return False
+
+
+def ended(entry: Entry, root: Path) -> bool:
+    return any((root / entry.run / name).exists() for name in ("done", "failed"))
+
+
+def job(task, out: Path, threads: int):
+    """What a process of its own does: the task, its words in the file log, its end in a file."""
+    torch.set_num_threads(threads)
+    log = open(out / "log", "a", encoding="utf-8")
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    try:
+        task()
+    except (data.DataError, CheckpointError) as error:  # it diverged
+        (out / "failed").write_text(f"{error}\n", encoding="utf-8")
+        return
+    (out / "done").touch()
+    if (out / "entry.json").exists():  # of a run only what is small stays
+        for path in [*out.rglob("*.safetensors"), *out.rglob("encoded"), *out.rglob("resume")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def summary(out: Path) -> str:
+    if (out / "failed").exists():
+        return (out / "failed").read_text(encoding="utf-8").strip()
+    row = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    shown = ("eval/loss", "train/loss", "policy/reward", "policy/kl")
+    return ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row)
+
+
+def run_all(tasks: dict, root: Path, workers: int):
+    """Each task, by its directory, in a process of its own, `workers` at a time. They are forked,
+    so that they need no imports; this process itself computes nothing."""
+    fork, threads = multiprocessing.get_context("fork"), max(1, os.cpu_count() // workers)
+    waiting, running, began = list(tasks), {}, time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name = waiting.pop(0)
+                (root / name).mkdir(parents=True, exist_ok=True)
+                process = fork.Process(target=job, args=(tasks[name], root / name, threads))
+                process.start()
+                running[process.sentinel] = process, name
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process, name = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise data.DataError(f"{name} has ended: {root / name / 'log'} says why")
+                number = len(tasks) - len(waiting) - len(running)
+                minutes = (time.monotonic() - began) / 60 / number * (len(tasks) - number)
+                where = f"[{number}/{len(tasks)}] {name}: {summary(root / name)}"
+                print(f"{where}; {minutes:.0f} min left", flush=True)
+    finally:
+        for process, _ in running.values():
+            process.terminate()  # it saves its state
+            process.join()
+
+
+def sweep(root: Path, entries: list[Entry], workers: int, samples: tuple[int, int]):
+    """All runs that have not ended, and what is exact; sweep.json says what there is."""
+    path, about = root / "sweep.json", {"torch": torch.__version__, "seconds": 0.0}
+    if path.is_file():
+        about = json.loads(path.read_text(encoding="utf-8"))["about"]
+    listed, began = [e._asdict() for e in entries], time.monotonic()
+    before = about["seconds"]
+    try:
+        write_whole(path, json.dumps({"about": about, "runs": listed}, indent=1).encode())
+        if not (root / "reference" / "done").exists():
+            run_all({"reference": partial(make_reference, root)}, root, 1)
+        tasks = {}
+        for entry in entries:
+            if not (begun(entry, root) and ended(entry, root)):
+                tasks[entry.run] = partial(work, entry, root, samples)
+        run_all(tasks, root, workers)
+    finally:
+        about["seconds"] = before + time.monotonic() - began
+        write_whole(path, json.dumps({"about": about, "runs": listed}, indent=1).encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--out_dir", type=Path, default=Path("out/frontier"), help="(default out/frontier)")
+    add("--quick", action="store_true", help="fewer settings and seeds, one panel")
+    add("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: cores)")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        lock = hold(args.out_dir)  # noqa: F841, until this process ends
+        sweep(args.out_dir, plan(args.quick), args.workers, SAMPLES)
+    except KeyboardInterrupt:
+        print("frontier.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except (data.DataError, OSError) as error:
+        print(f"frontier.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"python experiments/report.py {args.out_dir} draws it")
+
+
+if __name__ == "__main__":
+    main()
