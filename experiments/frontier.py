@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401, an optimizer would, in each run anew
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
@@ -37,7 +38,7 @@ from extra.reward import measure_kl
 from model import CheckpointError, write_whole
 
 STEPS, BATCH = 188, 32  # of a run, at least: an epoch of the usual number of pairs
-PAIRS = 6_000
+DEMONSTRATIONS, PAIRS = 60_000, 6_000
 SAMPLES = 400, 2_000  # of a look on the way, and at the end
 METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
     "DPO": ("dpo", "beta", "β", (0.05, 0.3, 1, 2, 5)),
@@ -147,14 +148,6 @@ def pairs_of(entry: Entry) -> list[dict]:
     return rows
 
 
-def label(grammar: reviews.Reviews, prompt: str, a: str, b: str, rng) -> dict:
-    """A pair, the better one by Bradley–Terry; what is no review is worse than any that is."""
-    better, worse = (np.nan_to_num(grammar.score(prompt, y)[1], nan=-9) for y in (a, b))
-    if better - worse + rng.logistic() < 0:
-        a, b = b, a
-    return {"prompt": prompt, "chosen": a, "rejected": b}
-
-
 def sampled_pairs(checkpoint: Path, count: int, seed: int) -> list[dict]:
     """Pairs of the policy's own samples, labelled as all others are."""
     grammar, rng = reviews.Reviews(seed), np.random.default_rng([seed, 4])
@@ -165,7 +158,8 @@ def sampled_pairs(checkpoint: Path, count: int, seed: int) -> list[dict]:
     rows = []
     for prompt, a, b in zip(prompts[::2], texts[::2], texts[1::2]):
         if a != b and len(rows) < count:
-            rows.append(label(grammar, prompt, a, b, rng))
+            better, worse = reviews.prefer(grammar, prompt, a, b, rng)
+            rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
     return rows
 
 
@@ -223,7 +217,7 @@ def work(entry: Entry, root: Path, samples: tuple[int, int]):
 def make_reference(root: Path):
     """The SFT model that all runs start from, and the held-out pairs that all are evaluated on."""
     demonstrations = root / "demonstrations"
-    reviews.write(demonstrations, demonstrations=60_000, pairs=PAIRS)
+    reviews.write(demonstrations, demonstrations=DEMONSTRATIONS, pairs=PAIRS)
     held_out = (demonstrations / "eval.jsonl").read_text(encoding="utf-8").splitlines(True)
     (root / "eval.jsonl").write_text("".join(held_out[:300]), encoding="utf-8")
     pairs, shown = demonstrations / "pairs.jsonl", demonstrations / "sft.jsonl"

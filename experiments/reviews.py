@@ -315,19 +315,23 @@ def run_experiment(arguments: list[str]):
             sys.exit(130)
 
 
+def prefer(grammar: Reviews, prompt: str, a: str, b: str, rng) -> tuple[str, str]:
+    """The better and the worse one, by Bradley–Terry. One that the grammar cannot write is worse
+    than any that it can."""
+    better, worse = (np.nan_to_num(grammar.score(prompt, y)[1], nan=-9) for y in (a, b))
+    return (b, a) if better - worse + rng.logistic() < 0 else (a, b)
+
+
 def label(candidates: str, out: str):
-    """Pairs from sampled responses: neighbours in each list, the better one by Bradley-Terry. One
-    that the grammar cannot write is worse than any that it can."""
+    """Pairs from sampled responses: neighbours in each list, as `prefer` has it."""
     grammar, rng, count = Reviews(), np.random.default_rng(0), 0
     with open(out, "w", encoding="utf-8") as file:
         for _, row in data.read_jsonl(str(candidates)):
             prompt, texts = row["prompt"], row["candidates"]
             for a, b in zip(texts[::2], texts[1::2]):
-                better, worse = (np.nan_to_num(grammar.score(prompt, y)[1], nan=-9) for y in (a, b))
-                if a != b and better - worse + rng.logistic() < 0:
-                    a, b = b, a
                 if a != b:
-                    pair = {"prompt": prompt, "chosen": a, "rejected": b}
+                    chosen, rejected = prefer(grammar, prompt, a, b, rng)
+                    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                     file.write(json.dumps(pair) + "\n")
                     count += 1
     print(f"{count:,} labelled pairs in {out}")
