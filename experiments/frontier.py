@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401, an optimizer would, in each run anew
+import torch._dynamo  # an optimizer would, in each run anew
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
