@@ -80,7 +80,8 @@ def entries_of(panel: str, methods: dict, seeds, values=slice(None), **rest) -> 
     found = []
     for seed, (method, (loss, flag, symbol, settings)) in itertools.product(seeds, methods.items()):
         for value in settings[values]:
-            where = f"{panel}/{loss.format('').replace(' --', '-')}-{value}/{seed}"
+            name = loss.format("").replace(" --", "-")
+            where = f"{panel}/{name}-{value}/{seed}".replace(" ", "-")
             flags = f"--loss={loss} --{flag}={value}".format(rest.get("flips"))
             entry = Entry(where, panel, method, f"{symbol}={value:g}", value, seed, flags, **rest)
             found.append(entry._replace(setting=entry.setting.replace(" =", " ")))
@@ -183,8 +184,9 @@ def measure(policy, reference, tokenizer, count: int, seed: int) -> dict[str, fl
 
 def work(entry: Entry, root: Path, samples: tuple[int, int]):
     """Make one run, and measure it four times. Raises DataError where it diverges."""
-    reference, tokenizer = sample.load(root / "reference")
     out = root / entry.run
+    begin(out, entry)
+    reference, tokenizer = sample.load(root / "reference")
     start = root / "reference"
     for number in range(1, entry.rounds + 1):
         where = out if number == entry.rounds else out / f"round{number}"
@@ -228,20 +230,29 @@ def make_reference(root: Path):
         train.train(run)
 
 
-def begun(entry: Entry, root: Path) -> bool:
-    """Is what is in its directory of this very entry? What is of another one is removed."""
-    about = root / entry.run / "entry.json"
-    wanted = entry._replace(panel="", method="", setting="", x=0.0)._asdict()
-    if about.is_file() and json.loads(about.read_text(encoding="utf-8")) == wanted:
-        return True
-    shutil.rmtree(root / entry.run, ignore_errors=True)
-    about.parent.mkdir(parents=True)
-    about.write_text(json.dumps(wanted), encoding="utf-8")
-    return False
+def identity(entry: Entry) -> dict:
+    """What makes it the run that it is; the other fields say where it is shown."""
+    return entry._replace(panel="", method="", setting="", x=0.0)._asdict()
 
 
-def ended(entry: Entry, root: Path) -> bool:
-    return any((root / entry.run / name).exists() for name in ("done", "failed"))
+def is_of(out: Path, entry: Entry) -> bool:
+    about = out / "entry.json"
+    return about.is_file() and json.loads(about.read_text(encoding="utf-8")) == identity(entry)
+
+
+def ended(out: Path, entry: Entry) -> bool:
+    return is_of(out, entry) and any((out / name).exists() for name in ("done", "failed"))
+
+
+def begin(out: Path, entry: Entry):
+    """Go on in the run's directory, or empty it, if it is another entry's."""
+    if not is_of(out, entry):
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "log":
+                path.unlink()
+        write_whole(out / "entry.json", json.dumps(identity(entry)).encode())
 
 
 def job(task, out: Path, threads: int):
@@ -310,7 +321,7 @@ def sweep(root: Path, entries: list[Entry], workers: int, samples: tuple[int, in
             run_all({"reference": partial(make_reference, root)}, root, 1)
         tasks = {}
         for entry in entries:
-            if not (begun(entry, root) and ended(entry, root)):
+            if not ended(root / entry.run, entry):
                 tasks[entry.run] = partial(work, entry, root, samples)
         run_all(tasks, root, workers)
     finally:

@@ -67,6 +67,7 @@ def test_the_plan():
 def small(monkeypatch):
     for name, value in (("DEMONSTRATIONS", 320), ("PAIRS", 64), ("STEPS", 4), ("BATCH", 16)):
         monkeypatch.setattr(frontier, name, value)
+    monkeypatch.setattr(frontier.os, "cpu_count", lambda: 1)  # threads of a process
 
 
 def test_what_is_measured(small, tmp_path):
