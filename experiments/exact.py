@@ -15,8 +15,8 @@ What is lost is lost by the reward: because pairs are few, or because its featur
 r̂ is a sum over the words of a review, and so over its clauses, which keeps the tilt exact.
 
 DPO on all the pairs there are, of which a share ε is labelled the other way round: a is preferred
-with probability ε + (1−2ε)·σ(r(a) − r(b)), which is Bradley-Terry of no reward. The reward that
-fits best has smaller and smaller differences, and its tilt is no longer on the frontier.
+with probability ε + (1−2ε)·σ(r(a) − r(b)), which is Bradley-Terry of no reward. The one that
+fits best shrinks differences, the large ones most, and its tilt is a little below the frontier.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def distribution(grammar: Reviews, kind: str) -> tuple[np.ndarray, np.ndarray]:
     rewards, p = np.zeros(1), np.ones(1)
     found = []  # of one, two, three clauses
     for clauses, count in zip(grammar.clauses[kind], COUNTS):
-        rewards, p = merge(np.add.outer(rewards, clauses.r), np.outer(p, clauses.p))
+        r, mass = merge(clauses.r, clauses.p)
+        rewards, p = merge(np.add.outer(rewards, r), np.outer(p, mass))
         found.append((rewards, count * p))
     return merge(*map(np.concatenate, zip(*found)))
 
@@ -84,15 +85,16 @@ def best_of_n(grammar: Reviews, n: int) -> tuple[float, float]:
 
 def feature_tables(grammar: Reviews, features: str) -> Tables:
     """How often each feature is in each clause: (clauses, features) for each kind and position."""
-    look, tables = FEATURES[features], {}
-    texts = [(kind, t) for kind, found in grammar.clauses.items() for c in found for t in c.texts]
-    names = dict.fromkeys(name for kind, text in texts for name in look(kind, text.split()))
-    column = {name: i for i, name in enumerate(names)}
+    look = lambda kind, text: FEATURES[features](kind, re.findall(r"\w+", text))
+    column, tables = {}, {}
+    for kind, positions in grammar.clauses.items():
+        for name in (name for c in positions for text in c.texts for name in look(kind, text)):
+            column.setdefault(name, len(column))
     for kind, positions in grammar.clauses.items():
         tables[kind] = [np.zeros((len(c.texts), len(column))) for c in positions]
         for table, clauses in zip(tables[kind], positions):
             for row, text in zip(table, clauses.texts):
-                for name in look(kind, text.split()):
+                for name in look(kind, text):
                     row[column[name]] += 1
     return tables
 
@@ -105,7 +107,8 @@ def locate(grammar: Reviews, examples: list[data.Example]) -> np.ndarray:
     rows = np.full((len(examples), 2, len(COUNTS)), -1)
     for i, example in enumerate(examples):
         kind = example.prompt.split()[4]
-        for j, response in enumerate(example.responses):
+        chosen, rejected = example.responses
+        for j, response in enumerate((chosen, rejected)):
             if grammar.score(example.prompt, response)[0] == -math.inf:
                 raise data.DataError(f"the grammar has no such review of a {kind}: {response!r}")
             for n, text in enumerate(re.split("(?=,)", response.removesuffix("."))):
@@ -146,11 +149,10 @@ def rewards_of(tables: Tables, theta: np.ndarray) -> Tables:
 def fit_reward(
     grammar: Reviews, examples: list[data.Example], features: str, ridge: float = RIDGE
 ) -> Tables:
-    """r̂ of each clause, (clauses,) for each kind and position, of a Bradley-Terry model with these
-    features, fitted to pairs (chosen, rejected)."""
+    """r̂ of each clause, of a Bradley-Terry model with these features fitted to pairs (chosen,
+    rejected). Raises DataError for a response that is no review of the grammar's."""
     tables = feature_tables(grammar, features)
-    theta = fit(differences(tables, locate(grammar, examples)), ridge)
-    return rewards_of(tables, theta)
+    return rewards_of(tables, fit(differences(tables, locate(grammar, examples)), ridge))
 
 
 def tilted(p: np.ndarray, true: np.ndarray, learned: np.ndarray, beta: float) -> tuple:
@@ -226,12 +228,12 @@ def show(sizes: list[int], seeds: list[int], flip: float):
     """Print the table: rewards gained, KL and the share of what is possible at that KL."""
     grammar = Reviews()
     found = curves(grammar)
-    start, frontier = found["start"], [grammar.optimum(b) for b in np.geomspace(1e4, 0.05, 1000)]
+    start, frontier = found["start"], [grammar.optimum(b) for b in np.geomspace(1e3, 0.05, 400)]
     rewards, kls = np.transpose([(start, 0.0), *frontier])
     best = lambda kl: np.interp(kl, kls, rewards) - start
 
     def cell(points) -> str:
-        """Of (reward, KL), or of several seeds' the mean: the share is that of the means."""
+        """Of one (reward, KL), or of several their mean gain, by the mean of what is possible."""
         gain, kl = np.reshape(points, (-1, 2)).T - [[start], [0]]
         return f"{gain.mean():6.3f} at {kl.mean():6.3f} {gain.mean() / best(kl).mean():6.1%}"
 
@@ -275,8 +277,12 @@ def main():
     parser.add_argument("--seed", type=int, help=f"of the pairs (default a mean over {SEEDS})")
     parser.add_argument("--flip", type=float, default=0.0, help="share of wrong labels (default 0)")
     args = parser.parse_args()
-    if (args.pairs or 1) < 1 or args.pairs == 0 or (args.seed or 0) < 0 or not 0 <= args.flip <= 1:
-        parser.error("--pairs is at least 1, --seed at least 0, --flip a share from 0 to 1")
+    if args.pairs is not None and args.pairs < 1:
+        parser.error("--pairs must be at least 1")
+    if args.seed is not None and args.seed < 0:
+        parser.error("--seed must be at least 0")
+    if not 0 <= args.flip <= 1:
+        parser.error("--flip is a share, from 0 to 1")
     sizes = SIZES if args.pairs is None else [args.pairs]
     show(sizes, range(SEEDS) if args.seed is None else [args.seed], args.flip)
 
