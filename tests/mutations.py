@@ -648,6 +648,17 @@ MISTAKES = [
     ('extra/guard.py', "a launcher's second signal at once ends the run", 'if first and time.monotonic() - first > 1:', 'if first:', 'test_states.py::test_a_second_signal_ends_at_once'),
     ('extra/guard.py', 'the lock is let go at once', 'run.lock = hold(run.out)', 'hold(run.out)', 'test_states.py::test_a_directory_is_locked_for_the_life_of_a_run'),
     ('extra/guard.py', 'each rank looks at its own signal only', 'if run.world > 1 and together:', 'if False:', 'test_states.py::test_a_signal_on_two_ranks'),
+    # experiments/exact.py
+    ('experiments/exact.py', 'best of n as if no two rewards tied', 'np.diff(np.minimum(mass.cumsum(), 1) ** n, prepend=0)', 'n * mass * mass.cumsum() ** (n - 1)', 'test_exact.py::test_best_of_n_is_that_of_all_reviews'),
+    ('experiments/exact.py', 'levels are not told apart below a half', 'np.round(rewards, 6)', 'np.round(rewards)', 'test_exact.py::test_best_of_n_is_that_of_all_reviews'),
+    ('experiments/exact.py', 'a reward model that sees no tastes', '[w for w in words if w in ADVERBS] + [(kind, words[-1])]', '[w for w in words if w in ADVERBS] + [words[-1]]', 'test_exact.py::test_features_are_those_of_the_texts'),
+    ('experiments/exact.py', "a review that has ended goes on with another's clause", 'np.concatenate([*found, np.zeros((1, found[0].shape[1]))])', 'np.concatenate(found)', 'test_exact.py::test_features_are_those_of_the_texts'),
+    ('experiments/exact.py', 'the prior pulls the wrong way', 'gradient = x.T @ wrong - ridge * theta', 'gradient = x.T @ wrong + ridge * theta', 'test_exact.py::test_the_fit_is_the_maximum_and_finds_the_truth'),
+    ('experiments/exact.py', 'KL from the true reward in place of the learned one', 'counts @ learned / beta - log_total', 'counts @ true / beta - log_total', 'test_exact.py::test_tilt_is_that_of_all_reviews'),
+    ('experiments/exact.py', 'exp(r/β) overflows', 'np.exp((learned - learned.max()) / beta)\n    z =', 'np.exp(learned / beta) / np.exp(learned.max() / beta)\n    z =', 'test_exact.py::test_tilt_by_the_true_reward_is_the_optimum'),
+    ('experiments/exact.py', 'the number of clauses stays as it was', '        weights = np.log(COUNTS) + log_z\n', '        weights = np.log(COUNTS) + log_z.mean()\n', 'test_exact.py::test_tilt_by_the_true_reward_is_the_optimum'),
+    ('experiments/exact.py', 'wrong labels only weaken, and never turn round', 'flip + (1 - 2 * flip) /', 'flip / 2 + (1 - flip) /', 'test_exact.py::test_dpo_limit_is_where_the_loss_of_all_pairs_ends'),
+    ('experiments/exact.py', "the table's labels are all right", 'pairs = flip_labels(Reviews(seed).preferences(max(known), "train"), flip, seed)', 'pairs = Reviews(seed).preferences(max(known), "train")', 'test_exact.py::test_the_table_has_these_figures'),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]
