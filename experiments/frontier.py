@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import sample
 import train
-from experiments import reviews
+from experiments import exact, reviews
 from extra.guard import hold
 from extra.reward import measure_kl
 from model import CheckpointError, write_whole
@@ -56,6 +56,7 @@ FLIPPED = {  # what is done about labels that flip with a known rate
     "cDPO": ("dpo --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
     "robust DPO": ("robust --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
 }
+PRICES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # β of RLHF that is exact
 RATES = (0.1, 0.2, 0.3, 0.4)
 SIZES = (100, 300, 1000, 3000, 10_000, 30_000)
 
@@ -134,19 +135,21 @@ def write_rows(path: Path, rows: list[dict]):
     new.replace(path)
 
 
-def pairs_of(entry: Entry) -> list[dict]:
+def examples_of(entry: Entry) -> list[data.Example]:
     """Its preferences: fewer pairs are the first of more, fewer flips are among more."""
     grammar = reviews.Reviews(entry.seed)
-    turned = np.random.default_rng([entry.seed, 3]).random(max(SIZES)) < entry.flips
-    rows = []
-    for turn, example in zip(turned, grammar.preferences(entry.pairs, "train")):
-        chosen, rejected = example.responses
-        rewards = [round(grammar.score(example.prompt, y)[1], 6) for y in example.responses]
-        wrong = entry.right and rewards[0] < rewards[1]
-        if turn or wrong:
-            chosen, rejected = rejected, chosen
-        rows.append({"prompt": example.prompt, "chosen": chosen, "rejected": rejected})
-    return rows
+    examples = grammar.preferences(entry.pairs, "train")
+    if entry.right:
+        for i, example in enumerate(examples):
+            better, worse = (grammar.score(example.prompt, y)[1] for y in example.responses)
+            if round(better, 6) < round(worse, 6):
+                examples[i] = example._replace(responses=example.responses[::-1])
+    return exact.flip_labels(examples, entry.flips, entry.seed)
+
+
+def pairs_of(entry: Entry) -> list[dict]:
+    names = "prompt", "chosen", "rejected"
+    return [dict(zip(names, (e.prompt, *e.responses))) for e in examples_of(entry)]
 
 
 def sampled_pairs(checkpoint: Path, count: int, seed: int) -> list[dict]:
@@ -255,6 +258,26 @@ def begin(out: Path, entry: Entry):
         write_whole(out / "entry.json", json.dumps(identity(entry)).encode())
 
 
+def write_exact(path: Path, entries: list[Entry]):
+    """What is known without a run: the frontier, best of n, and RLHF with perfect optimisation, its
+    reward fitted to the very pairs that the runs of DPO get."""
+    wanted = {(e.pairs, e.flips, e.seed): e for e in entries if not e.right and e.rounds == 1}
+    cases = sorted(wanted)
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["cases"] == [
+        *map(list, cases)
+    ]:
+        return
+    grammar, rows = reviews.Reviews(), []
+    for case in cases:
+        examples = examples_of(wanted[case])
+        about = dict(zip(("pairs", "flips", "seed"), case))
+        for features in exact.FEATURES:
+            for point in exact.rlhf(grammar, examples, features, PRICES):
+                rows.append({"features": features, **about, **point})
+    found = exact.curves(grammar) | {"rlhf": rows, "cases": cases}
+    write_whole(path, json.dumps(found).encode())
+
+
 def job(task, out: Path, threads: int):
     """What a process of its own does: the task, its words in the file log, its end in a file."""
     torch.set_num_threads(threads)
@@ -282,7 +305,7 @@ def summary(out: Path) -> str:
 
 def run_all(tasks: dict, root: Path, workers: int):
     """Each task, by its directory, in a process of its own, `workers` at a time. They are forked,
-    so that they need no imports; this process itself computes nothing."""
+    so that they need no imports; nothing is asked of torch in this one."""
     fork, threads = multiprocessing.get_context("fork"), max(1, os.cpu_count() // workers)
     waiting, running, began = list(tasks), {}, time.monotonic()
     try:
@@ -319,6 +342,7 @@ def sweep(root: Path, entries: list[Entry], workers: int, samples: tuple[int, in
         write_whole(path, json.dumps({"about": about, "runs": listed}, indent=1).encode())
         if not (root / "reference" / "done").exists():
             run_all({"reference": partial(make_reference, root)}, root, 1)
+        write_exact(root / "exact.json", entries)
         tasks = {}
         for entry in entries:
             if not ended(root / entry.run, entry):
