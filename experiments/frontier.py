@@ -39,7 +39,7 @@ from model import CheckpointError, write_whole
 
 STEPS, BATCH = 188, 32  # of a run, at least: an epoch of the usual number of pairs
 DEMONSTRATIONS, PAIRS = 60_000, 6_000
-SAMPLES = 400, 2_000  # of a look on the way, and at the end
+SAMPLES = 250, 1_500  # of a look on the way, and at the end
 METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
     "DPO": ("dpo", "beta", "β", (0.05, 0.3, 1, 2, 5)),
     "IPO": ("ipo", "beta", "τ", (0.02, 0.06, 0.17, 0.4, 1)),
@@ -57,7 +57,9 @@ FLIPPED = {  # what is done about labels that flip with a known rate
     "robust DPO": ("robust --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
 }
 PRICES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # β of RLHF that is exact
-RATES = (0.1, 0.2, 0.3, 0.4)
+RATES = (0.1, 0.2, 0.3)
+COLLAPSE = {"f-DPO, JS": ("fdpo_js", "beta", "β", (1,))}
+DISPLACED = {("DPO", "β=1"), ("RPO", "β=1"), ("SimPO", "β=20"), ("Preferred-FT", "lr 0.0002")}
 SIZES = (100, 300, 1000, 3000, 10_000, 30_000)
 
 
@@ -82,7 +84,9 @@ def entries_of(panel: str, methods: dict, seeds, values=slice(None), **rest) -> 
     for seed, (method, (loss, flag, symbol, settings)) in itertools.product(seeds, methods.items()):
         for value in settings[values]:
             name = loss.format("").replace(" --", "-")
-            where = f"{panel}/{name}-{value}/{seed}".replace(" ", "-")
+            where = f"{panel}/{name}-{value}/{seed}"
+            if "flips" in rest:
+                where = f"{panel}-{rest['flips']}/{name}-{value}/{seed}"
             flags = f"--loss={loss} --{flag}={value}".format(rest.get("flips"))
             entry = Entry(where, panel, method, f"{symbol}={value:g}", value, seed, flags, **rest)
             found.append(entry._replace(setting=entry.setting.replace(" =", " ")))
@@ -91,40 +95,38 @@ def entries_of(panel: str, methods: dict, seeds, values=slice(None), **rest) -> 
 
 def plan(quick: bool) -> list[Entry]:
     """All runs, what matters most first."""
-    middle = slice(1, 4)
+    middle, few = slice(1, 4), range(5)
     if quick:
-        return entries_of("main", METHODS, range(1), middle) + entries_of(
-            "main", {"DPO": METHODS["DPO"]}, range(1, 3), middle
-        )
-    few, plain = range(5), ("--loss=dpo --beta=1", "DPO", "β=1")
+        again = entries_of("main", {"DPO": METHODS["DPO"]}, range(1, 3), middle)
+        return entries_of("main", METHODS, range(1), middle) + again
     found = entries_of("main", METHODS, few)
-    usual = [e for e in found if e.method == "DPO" and e.setting == "β=1"]
+    dpo = [e for e in found if e.method == "DPO"]
+    usual = [e for e in dpo if e.setting == "β=1"]
+
     found += [e._replace(panel="pairs", x=PAIRS) for e in usual]
     for size, seed in itertools.product(SIZES, few):
-        where = f"pairs/{size}/{seed}"
-        found.append(Entry(where, "pairs", *plain[1:], size, seed, plain[0], pairs=size))
-    found += entries_of("flips main", FLIPPED, few, flips=0.2)
-    flipped = [e for e in found if e.panel == "flips main" and e.setting == "β=1"]
-    found += [e._replace(panel="flips", x=0.2) for e in flipped]
-    for name in FLIPPED:
-        found += [e._replace(panel="flips", method=name, x=0.0) for e in usual]
+        what = "pairs", "DPO", "β=1", size, seed, "--loss=dpo --beta=1", size
+        found.append(Entry(f"pairs/{size}/{seed}", *what))
+
     for rate in RATES:
-        if rate != 0.2:
-            some = entries_of(f"flips/{rate}", FLIPPED, few, slice(2, 3), flips=rate)
-            found += [e._replace(panel="flips", x=rate) for e in some]
-    found += [e._replace(panel="labels", method="Bradley–Terry") for e in found[: 5 * 40]
-              if e.method == "DPO"]  # fmt: skip
-    right = entries_of("labels", {"DPO": METHODS["DPO"]}, few, right=True)
+        some = entries_of("flips", FLIPPED, few, middle if rate == 0.2 else slice(2, 3), flips=rate)
+        if rate == 0.2:
+            found += [e._replace(panel="flips main") for e in some]
+        found += [e._replace(x=rate) for e in some if e.setting == "β=1"]
+    found += [e._replace(panel="flips", method=name, x=0.0) for e in usual for name in FLIPPED]
+
+    found += [e._replace(panel="labels", method="Bradley–Terry") for e in dpo]
+    right = entries_of("labels", {"DPO": METHODS["DPO"]}, few, middle, right=True)
     found += [e._replace(method="always right") for e in right]
+
     found += [e._replace(panel="rounds", setting="1 round", x=1) for e in usual]
     for rounds, seed in itertools.product((2, 3), few):
         what = "rounds", "DPO", f"{rounds} rounds", rounds, seed, f"--loss=dpo --beta={rounds}"
         found.append(Entry(f"rounds/{rounds}/{seed}", *what, rounds=rounds))
-    collapse = {"f-DPO, JS": ("fdpo_js", "beta", "β", (1,))}
-    found += entries_of("displacement", collapse, few)
-    shown = {("DPO", "β=1"), ("RPO", "β=1"), ("SimPO", "β=20"), ("Preferred-FT", "lr 0.0002")}
-    found += [e._replace(panel="displacement") for e in found
-              if e.panel == "main" and (e.method, e.setting) in shown]  # fmt: skip
+
+    found += entries_of("displacement", COLLAPSE, few)
+    shown = [e for e in found if e.panel == "main" and (e.method, e.setting) in DISPLACED]
+    found += [e._replace(panel="displacement") for e in shown]
     return found + entries_of("main", {name: METHODS[name] for name in HEADLINE}, range(5, 10))
 
 
