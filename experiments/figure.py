@@ -10,11 +10,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.collections import LineCollection  # noqa: E402
 
-from experiments.report import Frontier, Group, average, curve  # noqa: E402
+from experiments.report import Frontier, Group  # noqa: E402
+from experiments.runs import average, curve  # noqa: E402
 
 LOOKS = (  # colour and marker of a method; the first is DPO
     ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
@@ -35,8 +38,9 @@ plt.rcParams.update({
 
 def save(figure, out: Path, name: str) -> str:
     """Write both files, without dates and versions; the PNG with a palette of 256 colours."""
-    palette = {"optimize": True}
-    figure.savefig(out / f"{name}.png", metadata={"Software": None}, pil_kwargs=palette)
+    figure.savefig(out / f"{name}.png")
+    with Image.open(out / f"{name}.png") as image:
+        image.convert("RGB").quantize(256).save(out / f"{name}.png", optimize=True)
     figure.savefig(out / f"{name}.svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     return f"{out / name}.png and .svg"
@@ -47,43 +51,69 @@ def write(axes, x: float, y: float, text: str, color: str, **how):
     return axes.text(x, y, text, color=color, zorder=6, **how)
 
 
-def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier | None):
+def settle(figure):
+    """Lay the figure out, once and for all."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def every_few_pixels(line: np.ndarray) -> np.ndarray:
+    """Points on a line, (n, 2), so near each other that a text cannot be between them."""
+    length = np.append(0, np.linalg.norm(np.diff(line, axis=0), axis=1).cumsum())
+    at = np.arange(0, length[-1] + 1, 6)
+    return np.transpose([np.interp(at, length, values) for values in line.T])
+
+
+def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier | None = None):
     """Write each name, (text, colour, points (n, 2)), near one of its points, where it hides the
-    least; with a line to the point, if that is far. Above the frontier nothing is written."""
-    axes.figure.canvas.draw()  # now the layout is known
+    least; with a line to the point, if that is far. Above the frontier nothing is written. The
+    layout is settled, and all else is there."""
     frame, dot = axes.get_window_extent(), axes.figure.dpi / 72
     to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
-    lines = [line.get_path().interpolated(8).vertices for line in axes.lines if line.get_zorder() > 1]
+    bars = [bar for collection in axes.collections if isinstance(collection, LineCollection)
+            for bar in collection.get_segments()]  # fmt: skip
+    lines = [line.get_xydata() for line in axes.lines if line.get_zorder() > 1]
+    lines = [to_pixels(xy) for xy in (*bars, *lines) if len(xy)]
+    lines = [every_few_pixels(xy) for xy in lines]
     points = [to_pixels(xy) for _, _, xy in named]
-    taken = np.concatenate([to_pixels(line) for line in lines] + 6 * points)  # points count more
-    boxes = []  # left, bottom, right, top
-    for (text, color, _), own in zip(named, points):
+    taken = np.concatenate(lines + 6 * points)  # points count more
+    ways = [(far, np.cos(angle), np.sin(angle)) for far in (9, 14, 24, 40, 60, 85, 110)
+            for angle in np.arange(16) * np.pi / 8]  # fmt: skip
+    far, *ways = np.transpose(ways)
+    ways, boxes = np.transpose(ways), []
+    for n, (text, color, _) in enumerate(named):
         sample = write(axes, 0, 0, text, color)
         extent = sample.get_window_extent()
         sample.remove()
         half = np.array([extent.width, extent.height]) / 2
+        shift = far[:, None] * dot * ways + half * np.abs(ways)  # of the text's middle
+        others = np.concatenate([at for m, at in enumerate(points) if m != n] or [points[n][:0]])
         choices = []
-        for point in own[[frame.contains(*point) for point in own]]:
-            for far, angle in itertools.product((9, 14, 24, 40, 60, 85, 110), np.arange(16) / 8):
-                way = np.array([np.cos(np.pi * angle), np.sin(np.pi * angle)])
-                middle = point + way * (far * dot + half * np.abs(way))
-                box = np.array([middle - half, middle + half])
-                hidden = ((taken > box[0] - 3 * dot) & (taken < box[1] + 3 * dot)).all(1).sum()
-                for other in boxes:
-                    hidden += 60 * ((box[0] < other[1]) & (other[0] < box[1])).all()
-                outside = (box[0] < frame.min + 2).any() or (box[1] > frame.max - 2).any()
-                if bound and not outside:
-                    corner = to_data((box[0][0], box[1][1]))
-                    outside = corner[1] > bound(corner[0])
-                choices.append((hidden + far / 12 + 1000 * outside, len(choices), box, point))
+        for point in points[n]:
+            if not frame.contains(*point):
+                continue
+            low, high = point + shift - half, point + shift + half  # corners, (ways, 2)
+            within = lambda xy, rim: (  # (ways, points)
+                (xy > low[:, None] - rim) & (xy < high[:, None] + rim)
+            ).all(2)
+            cost = within(taken, 3 * dot).sum(1) + far / 12 - 0.2 * len(choices)  # rather late ones
+            cost += (np.linalg.norm(others - point, axis=1) < 16 * dot).sum()  # whose name is it?
+            for box in boxes:
+                cost += 60 * ((low < box[1] + 2) & (box[0] - 2 < high)).all(1)
+            cost += 1000 * ((low < frame.min + 2) | (high > frame.max - 2)).any(1)
+            if bound:
+                corner = to_data(np.transpose([low[:, 0], high[:, 1]]))
+                cost += 1000 * (corner[:, 1] > bound(corner[:, 0]))
+            least = cost.argmin()
+            choices.append((cost[least], len(choices), np.array([low[least], high[least]]), point))
         if choices:
             _, _, box, point = min(choices, key=lambda choice: choice[:2])
             boxes.append(box)
             write(axes, *to_data(box.mean(0)), text, color)
-            near = np.clip(point, *box)  # the side of the box that looks at the point
+            near = np.clip(point, *box)  # the side of the text that looks at the point
             if np.linalg.norm(near - point) > 16 * dot:
-                way = np.array([to_data(near), to_data(point)]).T
-                axes.plot(*way, color=color, linewidth=0.6, alpha=0.8, zorder=1)
+                ends = np.transpose([to_data(near), to_data(point)])
+                axes.plot(*ends, color=color, linewidth=0.6, alpha=0.8, zorder=1)
 
 
 def center(group: Group, best: Frontier | None = None) -> tuple[float, float, float, float]:
@@ -93,21 +123,25 @@ def center(group: Group, best: Frontier | None = None) -> tuple[float, float, fl
     return *group.point("kl"), *average(best.gap(group), best.gap_error(group))
 
 
-def path_of(group: Group, best: Frontier, gap: bool) -> tuple[list, list]:
-    """KL, and reward or gap, where the run was measured, mean over seeds, from its start on."""
-    measured = [{n for n, row in rows.items() if "policy/kl" in row} for rows in group.rows.values()]
-    kls, values = [0.0], [0.0 if gap else best.start]
-    for step in sorted(set.intersection(*measured)):
-        rows = [rows[step] for rows in group.rows.values()]
-        kl = np.array([row["policy/kl"] for row in rows])
-        reward = np.array([row["policy/reward"] for row in rows])
-        kls.append(kl.mean())
-        values.append((best(kl) - reward if gap else reward).mean())
-    return kls, values
+def along(group: Group, name: str) -> tuple[list[int], np.ndarray]:
+    """Steps at which all runs of a group recorded something, and what, (steps, seeds)."""
+    found = [{n for n, row in rows.items() if name in row} for rows in group.rows.values()]
+    steps = sorted(set.intersection(*found))
+    values = [[rows[step][name] for rows in group.rows.values()] for step in steps]
+    return steps, np.array(values).reshape(len(steps), -1)
 
 
-def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], gap: bool):
-    """Markers, paths, what is calculated, and all their names."""
+def path_of(group: Group, best: Frontier, gap: bool) -> tuple[np.ndarray, np.ndarray]:
+    """KL, and reward or gap, while training: mean over seeds where they were measured. It begins at
+    the reference, whose gap, 0, has no place on a log scale."""
+    kls, rewards = along(group, "policy/kl")[1], along(group, "policy/reward")[1]
+    if gap:
+        return kls.mean(1), (best(kls) - rewards).mean(1)
+    return np.append(0.0, kls.mean(1)), np.append(best.start, rewards.mean(1))
+
+
+def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], gap: bool) -> list:
+    """Markers, paths and what is calculated; returns what `name_points` is to name."""
     named, bound, floor = [], best if gap else None, axes.get_ylim()[0]
     for method, (color, marker) in zip(methods, LOOKS):
         own = [group for group in groups if group.method == method]
@@ -120,7 +154,8 @@ def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], 
         axes.plot(x, y, linestyle="", marker=marker, markersize=size, color=color,
                   markeredgecolor="white", markeredgewidth=0.7, zorder=5)  # fmt: skip
         usual = min(own, key=lambda group: abs(np.log(max(group.point("kl")[0], 1e-9))))
-        axes.plot(*path_of(usual, best, gap), color=color, linewidth=0.9, zorder=3)
+        if len(along(usual, "policy/kl")[0]) > 1:
+            axes.plot(*path_of(usual, best, gap), color=color, linewidth=0.9, zorder=3)
         named.append((method, color, np.transpose([x, y])))
     for method in dict.fromkeys(group.method for group in groups if group.exact):
         color, dashes = EXACT.get(method, ("black", "-."))
@@ -129,8 +164,9 @@ def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], 
         marker = "." if method == "best of N" else ""
         axes.plot(x, y, dashes, color=color, linewidth=1.1, marker=marker, zorder=2)
         line = np.interp(fine := np.linspace(x[0], x[-1], 12), x, y)  # may be named anywhere
-        named.append((method, color, np.transpose([fine, line])))
-    name_points(axes, named, None if gap else best)
+        if gap or (best(x) - y).max() > 0.5:  # else the frontier hides it
+            named.append((method, color, np.transpose([fine, line])))
+    return named
 
 
 def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path) -> str:
@@ -151,7 +187,7 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     upper.plot(kls, best(kls), color="black", linewidth=2.2)
     write(upper, 0.22 * right, 0.87 * top, "no policy can be here", "#777777", style="italic")
     write(upper, 0.22 * right, 0.79 * top, "edge: R*(KL), the exact optimum", "black")
-    draw_methods(upper, groups, best, methods, gap=False)
+    named = draw_methods(upper, groups, best, methods, gap=False)
     upper.set_ylabel("true reward")
     upper.set_title("Reward for distance: what a policy gains by leaving its reference")
 
@@ -163,21 +199,150 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     lower.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     lower.yaxis.set_major_formatter("{x:g}")
     lower.yaxis.set_minor_formatter("")
-    draw_methods(lower, groups, best, methods, gap=True)
+    named_below = draw_methods(lower, groups, best, methods, gap=True)
     lower.set_ylabel("gap (log scale)")
     lower.set_title("Where they differ: what is missing to the optimum, R*(KL) − reward")
+    lower.set_xlabel("KL(π‖π_ref), nats (square-root scale)")
     seeds = max(len(group.rows) for group in drawn)
-    lower.set_xlabel(
-        "KL(π‖π_ref) in nats (square-root scale)\n"
-        f"A marker is a method at one setting: mean of up to {seeds} seeds ± one standard error. "
-        "Thin lines: the way there while training."
-    )
+    figure.supxlabel(
+        f"Each marker is a method at one setting, the mean of up to {seeds} seeds ± one standard "
+        "error;\nthin lines are the way of one setting while it trained.",
+        fontsize=9, color="#555555", x=0.07, ha="left", multialignment="left",
+    )  # fmt: skip
+    settle(figure)
+    name_points(upper, named, best)
+    name_points(lower, named_below)
     return save(figure, out, "frontier")
 
 
-def panels(groups, best, out):
-    return ""
+def looks_of(names, methods: list[str]) -> dict[str, tuple[str, str]]:
+    """{method: colour, marker}: as in the large figure where it is there, else one that is free."""
+    known = dict(zip(methods, LOOKS))
+    free = [look for look in LOOKS if look not in {known[n] for n in names if n in known}]
+    free = itertools.cycle(free or LOOKS)
+    return {name: known.get(name) or next(free) for name in dict.fromkeys(names)}
 
 
-def runs(groups, names, out):
-    return ""
+def draw_lines(axes, lines: dict[str, list], looks: dict, dashes: str = "-") -> list:
+    """A line with error bars for each name: [(x, y, error), …]. Returns what to name."""
+    named = []
+    for name, points in lines.items():
+        x, y, error = np.transpose(sorted(points))
+        color, marker = looks.get(name) or (EXACT[name][0], "")
+        axes.errorbar(x, y, error, color=color, elinewidth=1, linewidth=1.3, linestyle=dashes,
+                      marker=marker, markersize=4.5, zorder=3)  # fmt: skip
+        named.append((name, color, np.transpose([x, y])))
+    return named
+
+
+def percent(group: Group, best: Frontier) -> tuple[float, float]:
+    """The gap in % of what R*(KL) gains over the start, and its standard error."""
+    gain = best.gain(group)
+    return average(100 * best.gap(group) / gain, 100 * best.gap_error(group) / gain)
+
+
+def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -> str:
+    """panels.png: what else matters: pairs, flipped labels, kinds of labels, rounds, displacement."""
+    shown = {"pairs": "Number of pairs", "flips": "Share of flipped labels", "labels": "Labels",
+             "rounds": "On-policy rounds"}  # fmt: skip
+    figure, axes = plt.subplots(2, 3, figsize=(8.3, 5.8))
+    places, named = dict(zip((*shown, "logps", "outside"), axes.flat)), {}
+    for panel, title in shown.items():
+        own = [group for group in groups if group.panel == panel and group.rows]
+        lines, place = {}, places[panel]
+        place.set_title(title)
+        trained = [group for group in own if not group.exact]
+        for group in trained:
+            x = group.point("kl")[0] if panel == "labels" else group.x
+            lines.setdefault(group.method, []).append((x, *percent(group, best)))
+        if panel == "pairs":
+            place.set_xscale("log")
+            place.set_yscale("log")
+            place.yaxis.set_major_formatter("{x:g}")
+            place.yaxis.set_minor_formatter("")
+            lines |= learned_rewards(own, best)
+        if panel == "rounds":
+            place.set_xticks(sorted({group.x for group in trained}))
+        if panel == "flips":
+            place.xaxis.set_major_formatter("{x:.0%}")
+        place.set_xlabel({"labels": "KL, nats", "flips": "", "rounds": "rounds"}.get(panel, panel))
+        if lines:
+            place.margins(x=0.08, y=0.2)
+            looks = looks_of([name for name in lines if name not in EXACT], methods)
+            named[panel] = draw_lines(place, lines, looks)
+            if panel != "pairs":
+                place.set_ylim(bottom=0)
+    for place in axes[:, 0]:
+        place.set_ylabel("gap, % of what R* gains")
+    own = [group for group in groups if group.panel == "displacement" and group.rows]
+    looks = looks_of([group.method for group in own], methods)
+    places["logps"].set_title("log π of chosen (–), rejected (‥)")
+    places["outside"].set_title("Mass on what is no review")
+    places["outside"].yaxis.set_major_formatter("{x:.0%}")
+    for name, place, dashes in (("eval/logps/chosen", places["logps"], "-"),
+                                ("eval/logps/rejected", places["logps"], ":"),
+                                ("policy/accepted", places["outside"], "-")):  # fmt: skip
+        lines = {}
+        for group in own:
+            steps, values = along(group, name)
+            values = 1 - values if name == "policy/accepted" else values
+            if steps:
+                lines[group.method] = [(n, *average(row)) for n, row in zip(steps, values)]
+        place.set_xlabel("step")
+        if lines:
+            drawn = draw_lines(place, lines, looks, dashes)
+            if dashes == "-":
+                named[place] = drawn
+    settle(figure)
+    for panel, points in named.items():
+        name_points(places.get(panel, panel), points)
+    return save(figure, out, "panels")
+
+
+def learned_rewards(groups: list[Group], best: Frontier) -> dict[str, list]:
+    """Of the panel of pairs, RLHF without an optimiser's error: its share at DPO's KL, for each
+    number of pairs, interpolated between its β; none where that would be extrapolation."""
+    lines = {}
+    for method, dpo in itertools.product({g.method for g in groups if g.exact}, groups):
+        own = [g for g in groups if g.method == method and g.x == dpo.x]
+        if dpo.method == "DPO" and own:
+            curve = sorted((g.point("kl")[0], *percent(g, best)) for g in own)
+            kls, shares, errors = np.transpose(curve)
+            kl = dpo.point("kl")[0]
+            if kls[0] <= kl <= kls[-1]:
+                point = (dpo.x, np.interp(kl, kls, shares), np.interp(kl, kls, errors))
+                lines.setdefault(method, []).append(point)
+    return lines
+
+
+def runs(groups: dict[str, list], names: list[str], out: Path) -> str:
+    """report.png: accuracy, margins and loss along the steps, and against KL where it is known."""
+    measured = {label: curve(own, "policy/kl") for label, own in groups.items()}
+    measured = {label: found for label, found in measured.items() if len(found[0])}
+    figure, axes = plt.subplots(2, 2, figsize=(8.3, 6.4))
+    looks = [(*LOOKS[n % 7], "-" if n < 7 else "--") for n in range(14)]
+    for place, name in zip(axes.flat, names):
+        for (label, own), (color, marker, dashes) in zip(groups.items(), looks):
+            steps, mean, error = curve(own, name)
+            few = marker if len(steps) < 25 else ""
+            place.plot(steps, mean, dashes, color=color, marker=few, markersize=4, label=label)
+            place.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, lw=0)
+        place.set_title(name)
+        place.set_xlabel("step")
+    last = axes.flat[3]
+    other = (
+        "policy/reward"
+        if all(len(curve(groups[label], "policy/reward")[0]) for label in measured)
+        else names[0]
+    )
+    for (label, own), (color, marker, _) in zip(groups.items(), looks):
+        if label in measured and len(curve(own, other)[0]):
+            _, kl, kl_error = measured[label]
+            _, value, error = curve(own, other)
+            last.errorbar(kl[-1], value[-1], error[-1], kl_error[-1], color=color, marker=marker)
+    last.set_title(f"{other} against KL")
+    last.set_xlabel("policy/kl, nats")
+    if not measured:
+        last.remove()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    return save(figure, out, "report")

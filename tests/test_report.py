@@ -83,7 +83,9 @@ def make_runs(directory: Path, exact: dict, seeds: int) -> list[dict]:
                 end = kl * (settings[0] / x) ** 0.95
                 run("main", method, f"β={x:g}", x, seed, end, lost * end**growth)
                 if method in ("DPO", "IPO"):
-                    run("flips main", method, f"β={x:g}", x, seed, 0.7 * end, 2 * lost * end**growth)
+                    run(
+                        "flips main", method, f"β={x:g}", x, seed, 0.7 * end, 2 * lost * end**growth
+                    )
         for x in (0.0, 0.1, 0.2, 0.3):
             for method, slope in (("DPO", 6), ("cDPO", 4), ("robust", 3)):
                 run("flips", method, "β=1", x, seed, 1.0, 0.1 * (1 + slope * x))
@@ -106,8 +108,17 @@ def make_sweep(directory: Path, grammar, seeds: int) -> Path:
         for seed in range(seeds):
             for x, kl in ((0.5, 3.5), (1.0, 1.3), (2.0, 0.33)):
                 best = np.interp(kl, exact["frontier"]["kl"], exact["frontier"]["reward"])
-                row = {"method": method, "setting": f"β={x:g}", "seed": seed, "kl": kl, "kl_error": 0.01}
-                row |= {"reward": best - (0.25, 0.05)[n] * kl**0.8 - 0.01 * seed, "reward_error": 0.015}
+                row = {
+                    "method": method,
+                    "setting": f"β={x:g}",
+                    "seed": seed,
+                    "kl": kl,
+                    "kl_error": 0.01,
+                }
+                row |= {
+                    "reward": best - (0.25, 0.05)[n] * kl**0.8 - 0.01 * seed,
+                    "reward_error": 0.015,
+                }
                 exact.setdefault("rloo", []).append(row)
     (directory / "rlhf.json").write_text(json.dumps(exact.pop("rloo")))
     (directory / "exact.json").write_text(json.dumps(exact))
