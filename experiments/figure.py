@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.collections import LineCollection  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.collections import LineCollection
 
-from experiments.report import Frontier, Group  # noqa: E402
-from experiments.runs import average, curve  # noqa: E402
+from experiments.report import Frontier, Group
+from experiments.runs import average, curve
 
 LOOKS = (  # colour and marker of a method; the first is DPO
     ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
@@ -242,7 +242,7 @@ def percent(group: Group, best: Frontier) -> tuple[float, float]:
 
 
 def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -> str:
-    """panels.png: what else matters: pairs, flipped labels, kinds of labels, rounds, displacement."""
+    """panels.png: pairs, flipped labels, kinds of labels, on-policy rounds, displacement."""
     shown = {"pairs": "Number of pairs", "flips": "Share of flipped labels", "labels": "Labels",
              "rounds": "On-policy rounds"}  # fmt: skip
     figure, axes = plt.subplots(2, 3, figsize=(8.3, 5.8))
@@ -303,7 +303,9 @@ def learned_rewards(groups: list[Group], best: Frontier) -> dict[str, list]:
     """Of the panel of pairs, RLHF without an optimiser's error: its share at DPO's KL, for each
     number of pairs, interpolated between its β; none where that would be extrapolation."""
     lines = {}
-    for method, dpo in itertools.product({g.method for g in groups if g.exact}, groups):
+    for method, dpo in itertools.product(
+        dict.fromkeys(g.method for g in groups if g.exact), groups
+    ):
         own = [g for g in groups if g.method == method and g.x == dpo.x]
         if dpo.method == "DPO" and own:
             curve = sorted((g.point("kl")[0], *percent(g, best)) for g in own)
@@ -330,16 +332,14 @@ def runs(groups: dict[str, list], names: list[str], out: Path) -> str:
         place.set_title(name)
         place.set_xlabel("step")
     last = axes.flat[3]
-    other = (
-        "policy/reward"
-        if all(len(curve(groups[label], "policy/reward")[0]) for label in measured)
-        else names[0]
-    )
+    known = all(len(curve(groups[label], "policy/reward")[0]) for label in measured)
+    other = "policy/reward" if known else names[0]
     for (label, own), (color, marker, _) in zip(groups.items(), looks):
         if label in measured and len(curve(own, other)[0]):
             _, kl, kl_error = measured[label]
             _, value, error = curve(own, other)
-            last.errorbar(kl[-1], value[-1], error[-1], kl_error[-1], color=color, marker=marker)
+            look = {"color": color, "marker": marker, "linestyle": ""}
+            last.errorbar(kl[-1], value[-1], error[-1], kl_error[-1], **look)
     last.set_title(f"{other} against KL")
     last.set_xlabel("policy/kl, nats")
     if not measured:

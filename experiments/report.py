@@ -22,13 +22,12 @@ How the numbers of the experiment are made:
 - Methods end at different KL, where gaps are not comparable. So each run is compared with the gap
   that DPO of the *same seed* has *at its KL*, by linear interpolation between DPO's settings. The
   gap is interpolated, not the reward: what is curved in R* is known and cancels. The interval is
-  over these differences. Where a seed's KL is outside of that seed's DPO runs there would be nothing
-  but extrapolation, and no number is given; seeds without DPO do not count.
+  over these differences. Where a seed's KL is outside of that seed's DPO runs, it would be an
+  extrapolation: the table says "outside", no number. Seeds without DPO do not count.
 """
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections import Counter
@@ -37,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from experiments.runs import (  # noqa: E402
+from experiments.runs import (
     ReportError,
     average,
     draw,
@@ -167,7 +166,8 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
             group = group_of(run["panel"], run["method"], run["setting"], run.get("x"))
             rows, reason = read_run(directory / run["run"]), directory / run["run"] / "failed"
             if reason.is_file():
-                group.failed[run["seed"]] = reason.read_text(encoding="utf-8").strip()
+                words = reason.read_text(encoding="utf-8").split()
+                group.failed[run["seed"]] = " ".join(words)
             elif rows:
                 group.rows[run["seed"]] = rows
             else:
@@ -255,8 +255,8 @@ def headline(groups: list[Group], best: Frontier) -> str:
     ends = interval(values[:, 1])
     between = "" if math.isnan(ends[0]) else f" [{ends[0]:.1%}, {ends[1]:.1%}]"
     return (
-        f"DPO's mean gap {where} is {gap:.3f}, {of_reward:.1%}{between} of R*(KL), and {of_gain:.1%}"
-        f" of what R*(KL) gains over the start ({len(values)} seeds)."
+        f"DPO's mean gap {where} is {gap:.3f}, {of_reward:.1%}{between} of R*(KL), and "
+        f"{of_gain:.1%} of what R*(KL) gains over the start ({len(values)} seeds)."
     )
 
 

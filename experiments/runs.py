@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-UNLIKE = """out_dir resume log_every eval_every save_every save_adapter wandb seed
+DRAWN = 14  # runs of the figure
+NO_SETTINGS = """out_dir resume log_every eval_every save_every save_adapter wandb seed
     micro_batch_tokens activation_checkpointing compile""".split()  # do not make another setting
 # t of 97.5 % for 2, 3, … values, which have one degree of freedom less
 STUDENT = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26), 2))
@@ -124,16 +125,16 @@ def read_runs(directories: list[Path]) -> dict[str, list[list[dict]]]:
     for s in settings:  # an older run may lack some
         for name, value in s.items():
             values.setdefault(name, set()).add(str(value))
-    differ = [name for name, found in values.items() if len(found) > 1 and name not in UNLIKE]
+    differ = [name for name, found in values.items() if len(found) > 1 and name not in NO_SETTINGS]
     labels = [" ".join(f"{n}={s[n]}" for n in differ if n in s) for s in settings]
     twice = Counter((label, s.get("seed")) for label, s in zip(labels, settings))
     groups = {}
     for run, s, label in zip(runs, settings, labels):
-        if twice[label, s.get("seed")] > 1 or not label:  # nothing but its name tells it apart
-            label = f"{label} {run.name}".strip() if twice[label, s.get("seed")] > 1 else "all"
         rows = read_rows(run / "metrics.jsonl")
+        if twice[label, s.get("seed")] > 1 or len(runs) == 1:  # nothing but its name tells it apart
+            label = f"{label} {run.name}".strip()
         if rows:
-            groups.setdefault(label if len(runs) > 1 else run.name, []).append(rows)
+            groups.setdefault(label or "all", []).append(rows)
         else:
             print(f"report.py: {run} is left out: it has no rows of metrics", file=sys.stderr)
     if not groups:
@@ -162,18 +163,21 @@ def metric_of(groups: dict, name: str) -> str:
 
 
 def report_runs(directories: list[Path], out: Path):
-    """Print the table of anybody's runs, draw their curves."""
+    """Print the table of anybody's runs, what they ended with, draw their curves."""
     groups = read_runs(directories)
     names = [metric_of(groups, n) for n in ("rewards/accuracies", "rewards/margins", "loss")]
     kept = [*names, "policy/kl", "policy/reward"]
     kept = [n for n in kept if any(len(curve(runs, n)[0]) for runs in groups.values())]
     lines = []
     for label, runs in groups.items():
-        cells = [label, str(len(runs))]
-        for name in kept:
-            steps, mean, error = curve(runs, name)
-            cells.append(show(mean[-1], error[-1]) if len(steps) else "")
+        curves = [curve(runs, name) for name in kept]
+        end = max((steps[-1] for steps, _, _ in curves if len(steps)), default="")
+        cells = [label, str(len(runs)), str(end)]
+        cells += [show(mean[-1], error[-1]) if len(mean) else "" for _, mean, error in curves]
         lines.append(cells)
-    print(table("; ".join(["run", "seeds", *kept]), lines), flush=True)
+    print(table("; ".join(["run", "seeds", "step", *kept]), lines), flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    draw(lambda figure: [figure.runs(groups, names, out)])
+    if len(groups) > DRAWN:
+        print(f"report.py: the figure shows the first {DRAWN} of {len(groups)}", file=sys.stderr)
+    first = dict(list(groups.items())[:DRAWN])
+    draw(lambda figure: [figure.runs(first, names, out)])

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_here, run_script, write_jsonl
+from conftest import read_metrics, run_here, run_script, write_jsonl
 
-from experiments import report
+import experiments
+from experiments import figure, report, runs
 from experiments.reviews import Reviews
 
 METHODS = {  # settings, KL at the first of them, gap at KL 1, its growth
@@ -22,7 +23,6 @@ METHODS = {  # settings, KL at the first of them, gap at KL 1, its growth
     "Preferred-FT": ((1.0,), 0.25, 0.45, 0.3),
     "unlikelihood": ((0.3, 0.6), 1.6, 0.6, 0.4),
 }
-KLS = 0.02 * 1.03 ** np.arange(225)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,208 @@ def make_sweep(directory: Path, grammar, seeds: int) -> Path:
     (directory / "exact.json").write_text(json.dumps(exact))
     (directory / "sweep.json").write_text(json.dumps({"about": {"torch": "2.13"}, "runs": runs}))
     return directory
+
+
+@pytest.fixture(scope="module")
+def sweep(grammar, tmp_path_factory) -> Path:
+    """Two seeds; of one run there is no end yet, and one diverged."""
+    directory = make_sweep(tmp_path_factory.mktemp("report") / "sweep", grammar, 2)
+    (directory / "main/DPO-β=0.3/1/done").unlink()
+    (directory / "main/IPO-β=0.1/0/failed").write_text("dpo diverged by step 9: lower its rate\n")
+    return directory
+
+
+def made(panel: str, method: str, setting: str, ends: dict, **about) -> report.Group:
+    """A group whose runs ended so: {seed: what was measured}."""
+    group = report.Group(panel, method, setting, **about)
+    for seed, row in ends.items():
+        group.rows[seed] = {9: {f"policy/{name}": x for name, x in row.items()}}
+    return group
+
+
+STRAIGHT = report.Frontier([4.0, 0.0], [9.0, 1.0], 1.0)  # R*(KL) = 1 + 2 KL
+
+
+@pytest.mark.parametrize(
+    "errors, found", [(3, True), (1, False), (2.2, True), (1.8, False), (-9, False)]
+)
+def test_a_point_above_the_frontier_is_found(errors, found):
+    """An error of KL counts, too: R* rises by twice as much. Of two seeds that happen to agree, the
+    errors of their samples are what is known."""
+    error = math.hypot(0.03, 2 * 0.02)
+    row = {"kl": 1.0, "kl_error": 0.02, "reward": 3 + errors * error, "reward_error": 0.03}
+    assert bool(report.above([made("main", "one", "β=1", {0: row})], STRAIGHT)) == found
+    both = {seed: row | {"reward": 3 + errors * error / 2**0.5} for seed in (0, 1)}
+    offenders = report.above([made("main", "one", "β=1", both)], STRAIGHT)
+    assert bool(offenders) == found
+    for group, excess, of in offenders:
+        assert group.method == "one" and of == pytest.approx(error / 2**0.5)
+        assert excess == pytest.approx(errors * of)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    low, high = runs.interval(np.array([0.0, 1.0]))  # percentiles 0 and 1, widened for two values
+    assert (low, high) == pytest.approx((0.5 - 4.5855, 0.5 + 4.5855), abs=1e-3)
+    assert np.isnan(runs.interval(np.array([1.0]))).all()
+    rng = np.random.default_rng(1)
+    for count in (5, 10, 20):
+        held = 0
+        for _ in range(500):
+            low, high = runs.interval(rng.normal(3.0, 1.0, count))
+            held += low < 3.0 < high
+        assert 460 <= held <= 490, count  # 475 ± 3 standard deviations
+
+
+def test_compared_with_dpo_at_the_same_kl():
+    """Exact where DPO's gap is linear in KL, whatever R* is, whatever order its settings have."""
+    best = report.Frontier(np.linspace(0, 9, 900), np.linspace(0, 9, 900) ** 0.5, 0.0)
+    end = lambda kl, gap: {"kl": kl, "reward": float(best(kl)) - gap}
+    dpo = [
+        made("main", "DPO", str(kl), {seed: end(kl, 0.1 + (0.2 + seed) * kl) for seed in (0, 1)})
+        for kl in (4.0, 0.5, 1.0)
+    ]
+    ends = {
+        seed: end(kl, 0.15 + (0.2 + seed) * kl + 0.01 * seed) for seed, kl in enumerate((0.6, 3.0))
+    }
+    ends[2] = end(1.0, 9.0)  # of a seed without DPO
+    differences = report.beside(made("main", "IPO", "τ=1", ends), dpo, best)
+    assert differences == pytest.approx([0.05, 0.06])
+    outside = {0: end(0.6, 0.3), 1: end(4.1, 0.3)}
+    assert np.isnan(report.beside(made("main", "IPO", "τ=2", outside), dpo, best)).tolist() == [
+        False,
+        True,
+    ]
+    table = report.sweep_table([*dpo, made("main", "IPO", "τ=2", outside)], best)
+    assert "| outside |" in table.splitlines()[-1]
+
+
+def test_what_is_said_of_a_sweep(sweep, tmp_path):
+    """Tables and figures, and the same bytes from another process, whose hashes are others."""
+    first = run_here("experiments/report.py", sweep, "--out", tmp_path / "here")
+    second = run_script("experiments/report.py", sweep)
+    tables = (sweep / "tables.md").read_text(encoding="utf-8")
+    assert first.stdout.startswith(tables) and second.stdout.startswith(tables)
+    for name in "tables.md frontier.png frontier.svg panels.png panels.svg".split():
+        content = (sweep / name).read_bytes()
+        assert content == (tmp_path / "here" / name).read_bytes(), name
+        assert len(content) < (250_000 if name.endswith("png") else 300_000), name
+    assert tables.startswith("DPO's mean gap at moderate KL (0.5 to 2 nats) is 0.1")
+    assert "No point lies above" in tables and "1 runs are not at their end yet" in tables
+    rows = [line.split(" | ") for line in tables.splitlines() if line.startswith("| ")]
+    cells = {(row[0][2:], row[1]): row[2:] for row in reversed(rows)}  # the first panel counts
+    assert cells["IPO", "β=0.1"][0] == "1, 1 diverged: dpo diverged by step 9: lower its rate"
+    assert cells["DPO", "β=0.3"][0] == "1" and cells["DPO", "β=1"][0] == "2"
+    best = report.read_sweep(sweep)[1]
+    kls, rewards = (
+        np.array(
+            [
+                read_metrics(sweep / f"main/SimPO-β=5/{seed}")[-1][f"policy/{name}"]
+                for seed in (0, 1)
+            ]
+        )
+        for name in ("kl", "reward")
+    )
+    assert cells["SimPO", "β=5"][1] == f"{kls.mean():.3f} ± {kls.std(ddof=1) / 2**0.5:.3f}"
+    gain = best(kls) - best.start
+    assert cells["SimPO", "β=5"][3] == f"{((rewards - best.start) / gain).mean():.1%}"
+    assert cells["SimPO", "β=5"][4].startswith(f"{(best(kls) - rewards).mean():.3f} [")
+
+
+def test_names_stand_beside_their_points(sweep, tmp_path, monkeypatch):
+    """At most seven methods, DPO and policy gradient among them; no name hides another, none is in
+    the region where no policy can be."""
+    figures = []
+    monkeypatch.setattr(figure, "save", lambda drawn, *_: figures.append(drawn))
+    groups, best, _ = report.read_sweep(sweep)
+    methods = report.drawn_methods(groups)
+    assert len(methods) == 7 and methods[:2] == ["DPO", "RLOO, learned reward"]
+    figure.frontier(groups, best, methods, tmp_path)
+    for axes in figures[0].axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        names = [text.get_text() for text in axes.texts]
+        assert set(methods) <= set(names)
+        for n, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:n]), names[n]
+            x, y = axes.transData.inverted().transform((box.x0, box.y1))
+            if axes is figures[0].axes[0] and names[n] in methods:
+                assert y < best(x), names[n]
+    figure.plt.close(figures[0])
+
+
+def make_own(directory: Path, **settings) -> Path:
+    """A run of train.py, of 0.1 more accuracy for each seed, and a last row that is torn."""
+    s = {
+        "data": f"{directory}/pairs.jsonl",
+        "out_dir": str(directory),
+        "loss": "dpo",
+        "beta": 0.1,
+        "log_every": 5,
+    }
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(json.dumps({"settings": s | {"options": {}} | settings}))
+    rows = [{"stage": "sft", "step": 90, "eval/loss": 3.0}]
+    for step in (0, 10, 20):
+        rows.append({"stage": "dpo", "step": step, "eval/loss": 0.7 - 0.01 * step, "eval/rewards/margins": step,
+                     "eval/rewards/accuracies": 0.5 + 0.01 * step + 0.1 * settings["seed"]})  # fmt: skip
+    rows[-1] |= {"policy/kl": 0.4, "policy/reward": 1.5} if settings.get("loss") else {}
+    write_jsonl(directory / "metrics.jsonl", rows)
+    with open(directory / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"stage": "dpo", "step": 30, "eval/lo')
+    return directory
+
+
+def test_own_runs_from_the_command_line(tmp_path):
+    out = tmp_path / "out"
+    directories = [make_own(out / f"a{seed}", seed=seed, log_every=seed) for seed in (0, 1)]
+    directories.append(make_own(out / "b", seed=0, beta=0.5))
+    directories.append(make_own(out / "c", seed=0, loss="simpo", options={"gamma": 0.5}))
+    (out / "notes").mkdir()
+    result = run_script("experiments/report.py", *directories, out / "notes")
+    assert result.stderr == f"report.py: {out / 'notes'} is left out: it has no run.json\n"
+    table = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()]
+    names = "eval/rewards/accuracies eval/rewards/margins eval/loss policy/kl policy/reward".split()
+    assert table[0] == ["run", "seeds", "step", *names]
+    assert table[2][:6] == ["loss=dpo beta=0.1", "2", "20", "0.750 ± 0.050", "20.000", "0.500"]
+    assert table[3][:4] == ["loss=dpo beta=0.5", "1", "20", "0.700"]
+    assert table[4] == [
+        "loss=simpo beta=0.1",
+        "1",
+        "20",
+        "0.700",
+        "20.000",
+        "0.500",
+        "0.400",
+        "1.500",
+    ]
+    assert {path.name for path in out.glob("report.*")} == {"report.png", "report.svg"}
+
+
+def test_without_matplotlib_the_tables_are_there(sweep, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "experiments.figure")
+    monkeypatch.delattr(experiments, "figure")
+    result = run_here("experiments/report.py", sweep, "--out", tmp_path)
+    assert result.stderr == "report.py: no figure without matplotlib: pip install matplotlib\n"
+    assert result.stdout == (tmp_path / "tables.md").read_text(encoding="utf-8") + "\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"tables.md"}
+
+
+@pytest.mark.parametrize("files, sentence", [
+    ({"notes": ""}, "none of these directories is a run of train.py (run.json)"),
+    ({"run.json": "{}"}, "a run.json has no settings"),
+    ({"run.json": "[1"}, "run.json: cannot be read as JSON"),
+    ({"run.json": '{"settings": {}}'}, "none of these runs has rows of metrics yet"),
+    ({"run.json": '{"settings": {}}', "metrics.jsonl": '{"step": 1}\nno\n{}\n'}, "metrics.jsonl:2: cannot be read as JSON"),
+    ({"sweep.json": '{"runs": ['}, "sweep.json: cannot be read as JSON"),
+    ({"sweep.json": '{"runs": [{"run": "a"}]}'}, "sweep.json: not as experiments/frontier.py writes it: KeyError('panel')"),
+    ({"sweep.json": '{"runs": []}', "exact.json": '{"best_of_n": [{"n": 2}]}'}, "exact.json: not as experiments/frontier.py writes it: KeyError("),
+    ({"sweep.json": '{"runs": []}', "exact.json": '{"frontier": {"kl": [0], "reward": [0]}}'}, "none of its runs has come to its end yet"),
+])  # fmt: skip
+def test_refusals_are_one_sentence(tmp_path, files, sentence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    last = run_here("experiments/report.py", tmp_path, expect=2).stderr.splitlines()[-1]
+    assert last.startswith("report.py: ") and sentence in last
 
 
 if __name__ == "__main__":  # a sample of the figures: python tests/test_report.py DIR [SEEDS]
