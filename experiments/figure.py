@@ -96,7 +96,7 @@ def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier 
             within = lambda xy, rim: (  # (ways, points)
                 (xy > low[:, None] - rim) & (xy < high[:, None] + rim)
             ).all(2)
-            cost = within(taken, 3 * dot).sum(1) + far / 12 - 0.2 * len(choices)  # rather late ones
+            cost = within(taken, 3 * dot).sum(1) + far / 6 - 0.2 * len(choices)  # rather late ones
             cost += (np.linalg.norm(others - point, axis=1) < 16 * dot).sum()  # whose name is it?
             for box in boxes:
                 cost += 60 * ((low < box[1] + 2) & (box[0] - 2 < high)).all(1)
@@ -318,31 +318,32 @@ def learned_rewards(groups: list[Group], best: Frontier) -> dict[str, list]:
 
 
 def runs(groups: dict[str, list], names: list[str], out: Path) -> str:
-    """report.png: accuracy, margins and loss along the steps, and against KL where it is known."""
-    measured = {label: curve(own, "policy/kl") for label, own in groups.items()}
-    measured = {label: found for label, found in measured.items() if len(found[0])}
-    figure, axes = plt.subplots(2, 2, figsize=(8.3, 6.4))
-    looks = [(*LOOKS[n % 7], "-" if n < 7 else "--") for n in range(14)]
-    for place, name in zip(axes.flat, names):
-        for (label, own), (color, marker, dashes) in zip(groups.items(), looks):
-            steps, mean, error = curve(own, name)
+    """report.png: accuracy, margins and loss along the steps; where all of a group's runs measured
+    their KL, what they ended with against it."""
+    measured = [label for label, own in groups.items() if len(curve(own, "policy/kl")[0])]
+    shape = (2, 2, (8.3, 6.4)) if measured else (1, 3, (8.3, 3.2))
+    figure, axes = plt.subplots(*shape[:2], figsize=shape[2])
+    looks = dict(zip(groups, [(*look, dashes) for dashes in ("-", "--") for look in LOOKS]))
+    for axis, name in zip(axes.flat, names):
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        for label, (color, marker, dashes) in looks.items():
+            steps, mean, error = curve(groups[label], name)
             few = marker if len(steps) < 25 else ""
-            place.plot(steps, mean, dashes, color=color, marker=few, markersize=4, label=label)
-            place.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, lw=0)
-        place.set_title(name)
-        place.set_xlabel("step")
-    last = axes.flat[3]
-    known = all(len(curve(groups[label], "policy/reward")[0]) for label in measured)
-    other = "policy/reward" if known else names[0]
-    for (label, own), (color, marker, _) in zip(groups.items(), looks):
-        if label in measured and len(curve(own, other)[0]):
-            _, kl, kl_error = measured[label]
-            _, value, error = curve(own, other)
-            look = {"color": color, "marker": marker, "linestyle": ""}
-            last.errorbar(kl[-1], value[-1], error[-1], kl_error[-1], **look)
-    last.set_title(f"{other} against KL")
-    last.set_xlabel("policy/kl, nats")
-    if not measured:
-        last.remove()
+            axis.plot(steps, mean, dashes, color=color, marker=few, markersize=4, label=label)
+            axis.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, lw=0)
+    if measured:
+        rewarded = all(len(curve(groups[label], "policy/reward")[0]) for label in measured)
+        name, axis = "policy/reward" if rewarded else names[0], axes.flat[3]
+        axis.set_title(f"{name} against KL")
+        axis.set_xlabel("policy/kl, nats")
+        for label in measured:
+            color, marker, _ = looks[label]
+            (_, x, x_error), (_, y, y_error) = (
+                curve(groups[label], n) for n in ("policy/kl", name)
+            )
+            if len(y):
+                end = x[-1], y[-1], y_error[-1], x_error[-1]
+                axis.errorbar(*end, color=color, marker=marker, linestyle="")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return save(figure, out, "report")

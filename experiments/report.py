@@ -159,7 +159,8 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
         return groups.setdefault(key, Group(*key, exact))
 
     def add(group: Group, seed, row: dict):
-        group.rows[seed] = {0: {f"policy/{name}": value for name, value in row.items()}}
+        values = {"kl": row["kl"], "reward": row["reward"]} | row
+        group.rows[seed] = {0: {f"policy/{name}": value for name, value in values.items()}}
 
     try:
         for run in read_json(path)["runs"]:

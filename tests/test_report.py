@@ -168,12 +168,12 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
     assert (low, high) == pytest.approx((0.5 - 4.5855, 0.5 + 4.5855), abs=1e-3)
     assert np.isnan(runs.interval(np.array([1.0]))).all()
     rng = np.random.default_rng(1)
-    for count in (5, 10, 20):
+    for count in (5, 12):
         held = 0
-        for _ in range(500):
+        for _ in range(400):
             low, high = runs.interval(rng.normal(3.0, 1.0, count))
             held += low < 3.0 < high
-        assert 460 <= held <= 490, count  # 475 ± 3 standard deviations
+        assert 367 <= held <= 393, count  # 380 ± 3 standard deviations
 
 
 def test_compared_with_dpo_at_the_same_kl():
