@@ -25,7 +25,8 @@ LOOKS = (  # colour and marker of a method; the first is DPO
 )  # fmt: skip
 EXACT = {  # colour and line of what is calculated
     "best of N": ("#888888", "-"), "perfect RLHF, words": ("black", "-"),
-    "perfect RLHF, no adverbs": ("black", "--"), "perfect RLHF, length": ("black", ":"),
+    "perfect RLHF, all words": ("black", "-."), "perfect RLHF, no adverbs": ("black", "--"),
+    "perfect RLHF, length": ("black", ":"),
 }  # fmt: skip
 TICKS = (0, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 20, 30, 50)  # of KL
 plt.rcParams.update({
@@ -77,6 +78,8 @@ def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier 
     lines = [every_few_pixels(xy) for xy in lines]
     points = [to_pixels(xy) for _, _, xy in named]
     taken = np.concatenate(lines + 6 * points)  # points count more
+    cells = np.zeros(np.ceil(frame.max / 8).astype(int) + 1, dtype=bool)  # of 8 × 8 pixels
+    cells[tuple((np.clip(taken, 0, frame.max) / 8).astype(int).T)] = True
     ways = [(far, np.cos(angle), np.sin(angle)) for far in (9, 14, 24, 40, 60, 85, 110)
             for angle in np.arange(16) * np.pi / 8]  # fmt: skip
     far, *ways = np.transpose(ways)
@@ -96,7 +99,11 @@ def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier 
             within = lambda xy, rim: (  # (ways, points)
                 (xy > low[:, None] - rim) & (xy < high[:, None] + rim)
             ).all(2)
-            cost = within(taken, 3 * dot).sum(1) + far / 6 - 0.2 * len(choices)  # rather late ones
+            cost = 3.0 * within(taken, 3 * dot).sum(1) + far / 5 - 0.2 * len(choices)  # late ones
+            near = np.clip(point, low, high)  # the side of the text that looks at the point
+            line = near + np.linspace(0, 0.7, 15)[:, None, None] * (point - near)
+            across = cells[tuple((np.clip(line, 0, frame.max) / 8).astype(int).T)]  # (ways, 15)
+            cost += 0.6 * across.mean(1) * far * (far > 16)
             cost += (np.linalg.norm(others - point, axis=1) < 16 * dot).sum()  # whose name is it?
             for box in boxes:
                 cost += 60 * ((low < box[1] + 2) & (box[0] - 2 < high)).all(1)
@@ -105,12 +112,13 @@ def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier 
                 corner = to_data(np.transpose([low[:, 0], high[:, 1]]))
                 cost += 1000 * (corner[:, 1] > bound(corner[:, 0]))
             least = cost.argmin()
-            choices.append((cost[least], len(choices), np.array([low[least], high[least]]), point))
+            choices.append((cost[least], len(choices), low[least], high[least], near[least], point))
         if choices:
-            _, _, box, point = min(choices, key=lambda choice: choice[:2])
-            boxes.append(box)
-            write(axes, *to_data(box.mean(0)), text, color)
-            near = np.clip(point, *box)  # the side of the text that looks at the point
+            _, _, low, high, near, point = min(choices, key=lambda choice: choice[:2])
+            boxes.append((low, high))
+            (left, bottom), (right, top) = (low / 8).astype(int), (high / 8).astype(int)
+            cells[left : right + 1, bottom : top + 1] = True
+            write(axes, *to_data((low + high) / 2), text, color)
             if np.linalg.norm(near - point) > 16 * dot:
                 ends = np.transpose([to_data(near), to_data(point)])
                 axes.plot(*ends, color=color, linewidth=0.6, alpha=0.8, zorder=1)
@@ -158,7 +166,7 @@ def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], 
             axes.plot(*path_of(usual, best, gap), color=color, linewidth=0.9, zorder=3)
         named.append((method, color, np.transpose([x, y])))
     for method in dict.fromkeys(group.method for group in groups if group.exact):
-        color, dashes = EXACT.get(method, ("black", "-."))
+        color, dashes = EXACT.get(method, ("#555555", "-."))
         own = sorted(center(group, bound) for group in groups if group.method == method)
         x, _, y, _ = np.transpose(own)
         marker = "." if method == "best of N" else ""
@@ -173,7 +181,8 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     """frontier.png: reward against KL, below it the gap to R*(KL)."""
     groups = [group for group in groups if group.panel == "main" and group.rows]
     drawn = [group for group in groups if group.method in methods]
-    right = 1.1 * max(group.point("kl")[0] for group in drawn)
+    furthest = max(group.point("kl")[0] for group in drawn)
+    right = min(1.1 * furthest, 1.2 * best.kl[-1])  # beyond it nothing is to be gained
     shape = {"sharex": True, "figsize": (8.3, 9), "height_ratios": (1, 1.2)}
     figure, (upper, lower) = plt.subplots(2, 1, **shape)
     upper.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
@@ -204,11 +213,16 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     lower.set_title("Where they differ: what is missing to the optimum, R*(KL) − reward")
     lower.set_xlabel("KL(π‖π_ref), nats (square-root scale)")
     seeds = max(len(group.rows) for group in drawn)
+    beyond = sum(group.point("kl")[0] > right for group in drawn)
+    calculated = "Grey and black is calculated: perfect RLHF fits\na reward to the same pairs, and "
+    calculated += "optimises it exactly." if any(group.exact for group in groups) else ""
     figure.supxlabel(
         f"Each marker is a method at one setting, the mean of up to {seeds} seeds ± one standard "
-        "error;\nthin lines are the way of one setting while it trained.",
+        "error;\nthin lines are the way of one setting while it trained. " + calculated,
         fontsize=9, color="#555555", x=0.07, ha="left", multialignment="left",
     )  # fmt: skip
+    if beyond:
+        lower.annotate(f"{beyond} further right →", (1, 0.01), xycoords="axes fraction", ha="right")
     settle(figure)
     name_points(upper, named, best)
     name_points(lower, named_below)
@@ -228,7 +242,7 @@ def draw_lines(axes, lines: dict[str, list], looks: dict, dashes: str = "-") -> 
     named = []
     for name, points in lines.items():
         x, y, error = np.transpose(sorted(points))
-        color, marker = looks.get(name) or (EXACT[name][0], "")
+        color, marker = looks.get(name) or (EXACT.get(name, ("#555555",))[0], "")
         axes.errorbar(x, y, error, color=color, elinewidth=1, linewidth=1.3, linestyle=dashes,
                       marker=marker, markersize=4.5, zorder=3)  # fmt: skip
         named.append((name, color, np.transpose([x, y])))
@@ -268,7 +282,7 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
         place.set_xlabel({"labels": "KL, nats", "flips": "", "rounds": "rounds"}.get(panel, panel))
         if lines:
             place.margins(x=0.08, y=0.2)
-            looks = looks_of([name for name in lines if name not in EXACT], methods)
+            looks = looks_of([group.method for group in trained], methods)
             named[panel] = draw_lines(place, lines, looks)
             if panel != "pairs":
                 place.set_ylim(bottom=0)
@@ -293,6 +307,9 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
             drawn = draw_lines(place, lines, looks, dashes)
             if dashes == "-":
                 named[place] = drawn
+    for place in axes.flat:
+        if not place.has_data():
+            place.set_axis_off()
     settle(figure)
     for panel, points in named.items():
         name_points(places.get(panel, panel), points)
@@ -302,14 +319,12 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
 def learned_rewards(groups: list[Group], best: Frontier) -> dict[str, list]:
     """Of the panel of pairs, RLHF without an optimiser's error: its share at DPO's KL, for each
     number of pairs, interpolated between its β; none where that would be extrapolation."""
-    lines = {}
-    for method, dpo in itertools.product(
-        dict.fromkeys(g.method for g in groups if g.exact), groups
-    ):
-        own = [g for g in groups if g.method == method and g.x == dpo.x]
+    lines, fitted = {}, dict.fromkeys(group.method for group in groups if group.exact)
+    for method, dpo in itertools.product(fitted, groups):
+        own = [group for group in groups if group.method == method and group.x == dpo.x]
         if dpo.method == "DPO" and own:
-            curve = sorted((g.point("kl")[0], *percent(g, best)) for g in own)
-            kls, shares, errors = np.transpose(curve)
+            points = sorted((group.point("kl")[0], *percent(group, best)) for group in own)
+            kls, shares, errors = np.transpose(points)
             kl = dpo.point("kl")[0]
             if kls[0] <= kl <= kls[-1]:
                 point = (dpo.x, np.interp(kl, kls, shares), np.interp(kl, kls, errors))

@@ -51,6 +51,9 @@ from experiments.runs import (
 
 MODERATE = 0.5, 2.0  # nats
 DRAWN = 7  # methods of the figure
+SMALL = "pairs", "flips", "labels", "rounds", "displacement"  # panels of the second figure
+SWEPT = "SFT", "DPO"  # what rlhf.json compares with is in the sweep itself
+LEARNED = {"best of N": "best of N, learned reward", "RLOO": "RLOO, learned reward"}
 PANELS = {  # title; how x is said, where it is not the setting
     "main": ("Methods", ""),
     "flips main": ("Methods, 20 % of the labels flipped", ""),
@@ -85,7 +88,7 @@ class Group:
 
 
 class Frontier:
-    """R*(KL), interpolated between the points of exact.json."""
+    """R*(KL), interpolated between points."""
 
     def __init__(self, kl: list[float], reward: list[float], start: float):
         order = np.argsort(kl)
@@ -175,10 +178,12 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
                 missing.add(run["run"])
         path = directory / "rlhf.json"
         for row in read_json(path) if path.is_file() else ():
-            add(group_of("main", row["method"], row.get("setting", "")), row["seed"], row)
+            if row["method"] not in SWEPT:
+                method = LEARNED.get(row["method"], row["method"])
+                add(group_of("main", method, row["setting"]), row["seed"], row)
         path = directory / "exact.json"
         exact = read_json(path) if path.is_file() else {}
-        for row in exact.get("best_of_n", ()):
+        for row in (row for row in exact.get("best_of_n", ()) if row["n"] > 1):
             add(group_of("main", "best of N", f"N={row['n']}", row["n"], True), None, row)
         fits = exact.get("rlhf", ())
         [usual] = Counter(row["pairs"] for row in fits).most_common(1) or [(0, 0)]
@@ -188,6 +193,11 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
             if row["pairs"] == usual[0]:
                 add(group_of("main", method, setting, row["beta"], True), row["seed"], row)
         curve = exact.get("frontier") or grammars_frontier()
+        furthest = max(
+            (group.last("kl").max() for group in groups.values() if group.rows), default=0
+        )
+        if 1.2 * furthest > max(curve["kl"]):
+            curve = grammars_frontier()
         best = Frontier(curve["kl"], curve["reward"], exact.get("start", min(curve["reward"])))
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{path}: not as experiments/frontier.py writes it: {error!r}") from error
@@ -195,10 +205,12 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
 
 
 def grammars_frontier() -> dict[str, list[float]]:
-    """R*(KL) from the grammar itself, where exact.json has none."""
+    """R*(KL) from the grammar itself, to where there is no more to gain: if exact.json has none, or
+    one that does not go as far as the runs."""
     from experiments.reviews import Reviews
 
-    points = [Reviews().optimum(beta) for beta in np.geomspace(1e5, 0.05, 300)]
+    grammar = Reviews()
+    points = [grammar.optimum(beta) for beta in np.geomspace(1e5, 0.05, 300)]
     return {"kl": [kl for _, kl in points], "reward": [reward for reward, _ in points]}
 
 
@@ -287,7 +299,10 @@ def report_sweep(directory: Path, out: Path):
     (out / "tables.md").write_text(text, encoding="utf-8")
     print(text, flush=True)
     inputs = groups, best, drawn_methods(groups), out
-    draw(lambda figure: [figure.frontier(*inputs), figure.panels(*inputs)])
+    names = ["frontier"] + ["panels"] * any(
+        group.panel in SMALL for group in groups if not group.exact
+    )
+    draw(lambda figure: [getattr(figure, name)(*inputs) for name in names])
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def make_runs(directory: Path, exact: dict, seeds: int) -> list[dict]:
             run("pairs", "DPO", "β=1", x, seed, 1.0, 0.12 * (6000 / x) ** 0.6)
         for x in (0.1, 0.3, 1.0, 3.0):
             run("labels", "Bradley–Terry", f"β={x:g}", x, seed, x**-0.9, 0.12 * x**-0.8)
-            run("labels", "always right", f"β={x:g}", x, seed, 1.6 * x**-0.9, 0.3 * x**-0.8)
+            run("labels", "always right", f"β={x:g}", x, seed, 1.1 * x**-0.9, 0.3 * x**-0.8)
         for x, lost in ((1, 0.12), (2, 0.09), (3, 0.07)):
             run("rounds", "DPO", f"{x} rounds", x, seed, 1.0, lost)
         for method, falls, outside in (("DPO", 0.1, 0.02), ("f-DPO, JS", 3, 0.98), ("RPO", -0.1, 0.01), ("IPO", 0.4, 0.05)):  # fmt: skip
@@ -120,6 +121,9 @@ def make_sweep(directory: Path, grammar, seeds: int) -> Path:
                     "reward_error": 0.015,
                 }
                 exact.setdefault("rloo", []).append(row)
+    exact["rloo"] += [
+        row | {"method": "DPO", "kl": 1.0, "reward": 9.0} for row in exact["rloo"][:1]
+    ]
     (directory / "rlhf.json").write_text(json.dumps(exact.pop("rloo")))
     (directory / "exact.json").write_text(json.dumps(exact))
     (directory / "sweep.json").write_text(json.dumps({"about": {"torch": "2.13"}, "runs": runs}))
@@ -229,6 +233,31 @@ def test_what_is_said_of_a_sweep(sweep, tmp_path):
     gain = best(kls) - best.start
     assert cells["SimPO", "β=5"][3] == f"{((rewards - best.start) / gain).mean():.1%}"
     assert cells["SimPO", "β=5"][4].startswith(f"{(best(kls) - rewards).mean():.3f} [")
+
+
+def test_the_beginning_of_a_sweep(sweep, tmp_path):
+    """One method and seed, no exact.json: R*(KL) from the grammar, no small panels."""
+    about = json.loads((sweep / "sweep.json").read_text())
+    chosen = [
+        run for run in about["runs"] if run["run"].startswith("main/SimPO") and run["seed"] == 0
+    ]
+    for run in chosen:
+        shutil.copytree(sweep / run["run"], tmp_path / run["run"])
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": chosen}))
+    result = run_here("experiments/report.py", tmp_path)
+    assert result.stdout.startswith("DPO has no setting at moderate KL")
+    first, second = (report.read_sweep(directory)[1] for directory in (sweep, tmp_path))
+    kls = np.linspace(0, 10, 50)
+    assert first(kls) == pytest.approx(second(kls), abs=1e-6)
+    assert {path.name for path in tmp_path.glob("*.*g")} == {"frontier.png", "frontier.svg"}
+    text = (sweep / "exact.json").read_text()
+    exact = json.loads(text)
+    near = {
+        name: exact["frontier"][name][:150] for name in ("kl", "reward")
+    }  # ends before the runs
+    (tmp_path / "exact.json").write_text(json.dumps({"frontier": near, "start": exact["start"]}))
+    assert near["kl"][-1] < 3
+    assert report.read_sweep(tmp_path)[1](kls) == pytest.approx(first(kls), abs=1e-6)
 
 
 def test_names_stand_beside_their_points(sweep, tmp_path, monkeypatch):
