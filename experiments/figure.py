@@ -183,6 +183,7 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     drawn = [group for group in groups if group.method in methods]
     furthest = max(group.point("kl")[0] for group in drawn)
     right = min(1.1 * furthest, 1.2 * best.kl[-1])  # beyond it nothing is to be gained
+    inside = [group for group in drawn if group.point("kl")[0] <= right]
     shape = {"sharex": True, "figsize": (8.3, 9), "height_ratios": (1, 1.2)}
     figure, (upper, lower) = plt.subplots(2, 1, **shape)
     upper.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
@@ -191,7 +192,7 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     upper.xaxis.set_major_formatter("{x:g}")
     kls = np.linspace(0, right**0.5, 100) ** 2
     top = 1.03 * best(right)
-    upper.set_ylim(min(0, *(group.point("reward")[0] for group in drawn)), top)
+    upper.set_ylim(min(0, *(group.point("reward")[0] for group in inside)), top)
     upper.fill_between(kls, best(kls), top, color="#e9e9e9", linewidth=0)
     upper.plot(kls, best(kls), color="black", linewidth=2.2)
     write(upper, 0.22 * right, 0.87 * top, "no policy can be here", "#777777", style="italic")
@@ -200,7 +201,7 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     upper.set_ylabel("true reward")
     upper.set_title("Reward for distance: what a policy gains by leaving its reference")
 
-    shown = [group for group in groups if group in drawn or group.point("kl")[0] > 1]
+    shown = inside + [group for group in groups if group.exact and group.point("kl")[0] > 1]
     gaps = [center(group, best)[2] for group in shown]
     floor = 0.7 * min((gap for gap in gaps if gap > 0), default=0.01)
     lower.set_yscale("log")
@@ -213,7 +214,7 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     lower.set_title("Where they differ: what is missing to the optimum, R*(KL) − reward")
     lower.set_xlabel("KL(π‖π_ref), nats (square-root scale)")
     seeds = max(len(group.rows) for group in drawn)
-    beyond = sum(group.point("kl")[0] > right for group in drawn)
+    beyond = len(drawn) - len(inside)
     calculated = "Grey and black is calculated: perfect RLHF fits\na reward to the same pairs, and "
     calculated += "optimises it exactly." if any(group.exact for group in groups) else ""
     figure.supxlabel(
