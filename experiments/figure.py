@@ -106,7 +106,7 @@ def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier 
             cost += 0.6 * across.mean(1) * far * (far > 16)
             cost += (np.linalg.norm(others - point, axis=1) < 16 * dot).sum()  # whose name is it?
             for box in boxes:
-                cost += 60 * ((low < box[1] + 2) & (box[0] - 2 < high)).all(1)
+                cost += 60 * ((low < box[1] + 6) & (box[0] - 6 < high)).all(1)
             cost += 1000 * ((low < frame.min + 2) | (high > frame.max - 2)).any(1)
             if bound:
                 corner = to_data(np.transpose([low[:, 0], high[:, 1]]))
@@ -244,7 +244,8 @@ def draw_lines(axes, lines: dict[str, list], looks: dict, dashes: str = "-") -> 
     for name, points in lines.items():
         x, y, error = np.transpose(sorted(points))
         color, marker = looks.get(name) or (EXACT.get(name, ("#555555",))[0], "")
-        axes.errorbar(x, y, error, color=color, elinewidth=1, linewidth=1.3, linestyle=dashes,
+        style = EXACT[name][1] if name in EXACT else dashes
+        axes.errorbar(x, y, error, color=color, elinewidth=1, linewidth=1.3, linestyle=style,
                       marker=marker, markersize=4.5, zorder=3)  # fmt: skip
         named.append((name, color, np.transpose([x, y])))
     return named
@@ -275,12 +276,13 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
             place.set_yscale("log")
             place.yaxis.set_major_formatter("{x:g}")
             place.yaxis.set_minor_formatter("")
-            lines |= learned_rewards(own, best)
         if panel == "rounds":
             place.set_xticks(sorted({group.x for group in trained}))
         if panel == "flips":
             place.xaxis.set_major_formatter("{x:.0%}")
         place.set_xlabel({"labels": "KL, nats", "flips": "", "rounds": "rounds"}.get(panel, panel))
+        if panel in ("pairs", "flips"):
+            lines |= learned_rewards(own, best)
         if lines:
             place.margins(x=0.08, y=0.2)
             looks = looks_of([group.method for group in trained], methods)
@@ -318,10 +320,10 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
 
 
 def learned_rewards(groups: list[Group], best: Frontier) -> dict[str, list]:
-    """Of the panel of pairs, RLHF without an optimiser's error: its share at DPO's KL, for each
-    number of pairs, interpolated between its β; none where that would be extrapolation."""
-    lines, fitted = {}, dict.fromkeys(group.method for group in groups if group.exact)
-    for method, dpo in itertools.product(fitted, groups):
+    """RLHF without an optimiser's error, its reward well specified: the gap in % at DPO's KL, for
+    each x of DPO, interpolated between its β; none where that would be extrapolation."""
+    lines, method = {}, "perfect RLHF, words"
+    for dpo in groups:
         own = [group for group in groups if group.method == method and group.x == dpo.x]
         if dpo.method == "DPO" and own:
             points = sorted((group.point("kl")[0], *percent(group, best)) for group in own)

@@ -188,10 +188,14 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
         fits = exact.get("rlhf", ())
         [usual] = Counter(row["pairs"] for row in fits).most_common(1) or [(0, 0)]
         for row in fits:
-            method, setting = f"perfect RLHF, {row['features']}", f"β={row['beta']:g}"
-            add(group_of("pairs", method, setting, row["pairs"], True), row["seed"], row)
-            if row["pairs"] == usual[0]:
-                add(group_of("main", method, setting, row["beta"], True), row["seed"], row)
+            method, flips = f"perfect RLHF, {row['features']}", row.get("flips", 0.0)
+            places = {"flips": flips} if row["pairs"] == usual[0] else {}  # panel: x
+            if row["pairs"] == usual[0] and flips in (0.0, 0.2):
+                places["flips main" if flips else "main"] = row["beta"]
+            if flips == 0.0:
+                places["pairs"] = row["pairs"]
+            for panel, x in places.items():
+                add(group_of(panel, method, f"β={row['beta']:g}", x, True), row["seed"], row)
         curve = exact.get("frontier") or grammars_frontier()
         furthest = max(
             (group.last("kl").max() for group in groups.values() if group.rows), default=0
@@ -229,7 +233,10 @@ def sweep_table(groups: list[Group], best: Frontier) -> str:
     said, lines = PANELS.get(groups[0].panel, ("", ""))[1], []
     if said or len(others) < 2:  # no curve of the same data to compare with
         others = []
+    trained = {group.setting for group in groups if not group.exact}
     for group in groups:
+        if group.method.startswith("perfect RLHF") and group.setting not in trained:
+            continue  # of many β those that a method has, too
         setting = group.setting + (f", {said.format(group.x)}" if said else "")
         seeds = str(len(group.rows)) if None not in group.rows else ""
         if group.failed:

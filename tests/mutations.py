@@ -656,6 +656,7 @@ MISTAKES = [
     ("experiments/report.py", "a method is compared with DPO beyond DPO's KL", "np.interp(kl, kls, gaps, left=math.nan, right=math.nan)", "np.interp(kl, kls, gaps)", "test_report.py::test_compared_with_dpo_at_the_same_kl"),
     ("experiments/report.py", "a run is compared with DPO of other seeds", '            if s == seed\n', "", "test_report.py::test_compared_with_dpo_at_the_same_kl"),
     ("experiments/report.py", "a run that still goes on counts as if it had ended", 'for row in read_rows(directory / "metrics.jsonl") if (directory / "done").exists() else ():', 'for row in read_rows(directory / "metrics.jsonl"):', "test_report.py::test_what_is_said_of_a_sweep"),
+    ("experiments/report.py", "rewards fitted to flipped labels stand for those of the right ones", 'places["flips main" if flips else "main"]', 'places["main"]', "test_report.py::test_what_is_said_of_a_sweep"),
     ("experiments/report.py", "beyond its last point R*(KL) is thought to be flat", 'if 1.2 * furthest > max(curve["kl"]):', "if False:", "test_report.py::test_the_beginning_of_a_sweep"),
     ("experiments/runs.py", "files within the runs' directories make other settings of them", "value.removeprefix(own) if", "value if", "test_report.py::test_own_runs_from_the_command_line"),
     ("experiments/runs.py", "a torn last line of the metrics is refused", "if number < len(lines):", "if number:", "test_report.py::test_own_runs_from_the_command_line"),

@@ -41,16 +41,32 @@ def make_exact(grammar) -> dict:
         kl = 0.93 * (math.log(n) - (n - 1) / n)
         row = {"n": n, "kl": kl, "reward": best(kl) - 0.02 * kl}
         exact.setdefault("best_of_n", []).append(row)
-    for features, lost in (("words", 0.012), ("no adverbs", 0.3), ("length", 0.9)):
-        for pairs in (100, 1000, 6000, 30000) if features == "words" else (6000,):
+    for features, lost in (
+        ("words", 0.012),
+        ("all words", 0.016),
+        ("no adverbs", 0.3),
+        ("length", 0.9),
+    ):
+        for pairs in (100, 1000, 6000, 30000) if "words" in features else (6000,):
             for beta in (0.2, 0.5, 1.0, 2.0, 5.0):
                 for seed in range(3):
                     kl = 1.5 / beta**1.6
                     kl = min(kl, 4 + kl / 4)
                     gap = lost * kl**0.9 * (6000 / pairs) ** 0.8 * (1 + 0.05 * seed)
-                    row = {"features": features, "pairs": pairs, "seed": seed, "beta": beta}
+                    row = {
+                        "features": features,
+                        "pairs": pairs,
+                        "seed": seed,
+                        "beta": beta,
+                        "flips": 0.0,
+                    }
                     row |= {"kl": kl, "reward": max(best(kl) - gap, 0.2)}
                     exact.setdefault("rlhf", []).append(row)
+                    if pairs == 6000:  # the same pairs, worse labels
+                        for flips in (0.1, 0.2):
+                            exact["rlhf"].append(
+                                row | {"flips": flips, "reward": row["reward"] - flips * gap}
+                            )
     return exact
 
 
@@ -219,6 +235,16 @@ def test_what_is_said_of_a_sweep(sweep, tmp_path):
     cells = {(row[0][2:], row[1]): row[2:] for row in reversed(rows)}  # the first panel counts
     assert cells["IPO", "β=0.1"][0] == "1, 1 diverged: dpo diverged by step 9: lower its rate"
     assert cells["DPO", "β=0.3"][0] == "1" and cells["DPO", "β=1"][0] == "2"
+    for panel, flips in (
+        ("main", 0.0),
+        ("flips main", 0.2),
+    ):  # each with the rewards fitted to its labels
+        fitted = {"features": "words", "pairs": 6000, "beta": 1.0, "flips": flips}
+        exact = json.loads((sweep / "exact.json").read_text())["rlhf"]
+        rewards = [row["reward"] for row in exact if row.items() >= fitted.items()]
+        text = tables.split(f"### {report.PANELS[panel][0]}\n")[1].split("###")[0]
+        [line] = [line for line in text.splitlines() if "perfect RLHF, words | β=1 " in line]
+        assert len(rewards) == 3 and f"| {np.mean(rewards):.3f}" in line
     best = report.read_sweep(sweep)[1]
     kls, rewards = (
         np.array(
