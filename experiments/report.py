@@ -18,7 +18,7 @@ How the numbers of the experiment are made:
 - The *share* of a run is (R − start)/(R*(KL) − start), what it gained of what can be gained.
 - [ , ] are 95 % bootstrap intervals of the mean over seeds. Few values spread less than what they
   are drawn from, so that percentiles of 5 seeds hold the truth 5 times in 6; hence the deviations
-  are widened by √(n/(n−1))·t/z (Hesterberg, 2015, arXiv:1411.5279, Sec. 4.3), which makes it 95 %.
+  are widened by √(n/(n−1))·t/z (after Hesterberg, arXiv:1411.5279), which makes it 95 %.
 - Methods end at different KL, where gaps are not comparable. So each run is compared with the gap
   that DPO of the *same seed* has *at its KL*, by linear interpolation between DPO's settings. The
   gap is interpolated, not the reward: what is curved in R* is known and cancels. The interval is
