@@ -5,7 +5,8 @@
 
 The first writes frontier.png, panels.png (and .svg) and tables.md beside sweep.json; the second
 report.png and report.svg beside the first run; --out=DIR says where else. It reads the runs' files
-alone, needs no torch, and without matplotlib still prints the tables.
+alone (and calculates R*(KL), where exact.json ends before the runs do), and without matplotlib it
+still prints the tables.
 
 How the numbers of the experiment are made:
 - A *group* is one method at one setting; its runs differ in their seed alone, that is in their
