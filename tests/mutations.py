@@ -659,6 +659,20 @@ MISTAKES = [
     ('experiments/exact.py', 'the number of clauses stays as it was', '        weights = np.log(COUNTS) + log_z\n', '        weights = np.log(COUNTS) + log_z.mean()\n', 'test_exact.py::test_tilt_by_the_true_reward_is_the_optimum'),
     ('experiments/exact.py', 'wrong labels only weaken, and never turn round', 'flip + (1 - 2 * flip) /', 'flip / 2 + (1 - flip) /', 'test_exact.py::test_dpo_limit_is_where_the_loss_of_all_pairs_ends'),
     ('experiments/exact.py', "the table's labels are all right", 'pairs = flip_labels(Reviews(seed).preferences(max(known), "train"), flip, seed)', 'pairs = Reviews(seed).preferences(max(known), "train")', 'test_exact.py::test_the_table_has_these_figures'),
+    # The report of a sweep, and of anybody's runs
+    ("experiments/report.py", "a point may lie four standard errors above the frontier", "if excess > 2 * error + 1e-3:", "if excess > 4 * error + 1e-3:", "test_report.py::test_a_point_above_the_frontier_is_found"),
+    ("experiments/report.py", "an error of KL does not count where a point is above the frontier", "error = math.hypot(reward_error, best(kl + kl_error) - best(kl))", "error = reward_error", "test_report.py::test_a_point_above_the_frontier_is_found"),
+    ("experiments/runs.py", "two seeds that agree by chance have no error", "float(max(own, spread))", "float(spread if count > 1 else own)", "test_report.py::test_a_point_above_the_frontier_is_found"),
+    ("experiments/runs.py", "a bootstrap interval of few seeds is too narrow", "widen = (count / (count - 1)) ** 0.5 * student / 1.96", "widen = 1.0", "test_report.py::test_intervals_hold_the_mean_as_often_as_they_say"),
+    ("experiments/report.py", "a method is compared with DPO beyond DPO's KL", "np.interp(kl, kls, gaps, left=math.nan, right=math.nan)", "np.interp(kl, kls, gaps)", "test_report.py::test_compared_with_dpo_at_the_same_kl"),
+    ("experiments/report.py", "a run is compared with DPO of other seeds", '            if s == seed\n', "", "test_report.py::test_compared_with_dpo_at_the_same_kl"),
+    ("experiments/report.py", "a run that still goes on counts as if it had ended", 'for row in read_rows(directory / "metrics.jsonl") if (directory / "done").exists() else ():', 'for row in read_rows(directory / "metrics.jsonl"):', "test_report.py::test_what_is_said_of_a_sweep"),
+    ("experiments/report.py", "rewards fitted to flipped labels stand for those of the right ones", 'places["flips main" if flips else "main"]', 'places["main"]', "test_report.py::test_what_is_said_of_a_sweep"),
+    ("experiments/report.py", "beyond its last point R*(KL) is thought to be flat", 'if 1.2 * furthest > max(curve["kl"]):', "if False:", "test_report.py::test_the_beginning_of_a_sweep"),
+    ("experiments/runs.py", "files within the runs' directories make other settings of them", "value.removeprefix(own) if", "value if", "test_report.py::test_own_runs_from_the_command_line"),
+    ("experiments/runs.py", "a torn last line of the metrics is refused", "if number < len(lines):", "if number:", "test_report.py::test_own_runs_from_the_command_line"),
+    ("experiments/figure.py", "the figure's bytes depend on when it was drawn", 'metadata={"Date": None, "Creator": None}', 'metadata={"Creator": None}', "test_report.py::test_what_is_said_of_a_sweep"),
+    ("experiments/figure.py", "a method's name stands where no policy can be", "cost += 1000 * (corner[:, 1] > bound(corner[:, 0]))", "cost += 0 * (corner[:, 1] > bound(corner[:, 0]))", "test_report.py::test_names_stand_beside_their_points"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*entry) for entry in MISTAKES]
