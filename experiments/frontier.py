@@ -270,12 +270,17 @@ def write_exact(path: Path, entries: list[Entry]):
     ]:
         return
     grammar, rows = reviews.Reviews(), []
+    tables = {features: exact.feature_tables(grammar, features) for features in exact.FEATURES}
     for case in cases:
-        examples = examples_of(wanted[case])
+        located = exact.locate(grammar, examples_of(wanted[case]))
         about = dict(zip(("pairs", "flips", "seed"), case))
-        for features in exact.FEATURES:
-            for point in exact.rlhf(grammar, examples, features, PRICES):
-                rows.append({"features": features, **about, **point})
+        for features, table in tables.items():
+            learned = exact.rewards_of(table, exact.fit(exact.differences(table, located)))
+            for beta in PRICES:
+                reward, kl = exact.tilt(grammar, learned, beta)
+                rows.append(
+                    {"features": features, **about, "beta": beta, "reward": reward, "kl": kl}
+                )
     found = exact.curves(grammar) | {"rlhf": rows, "cases": cases}
     write_whole(path, json.dumps(found).encode())
 
