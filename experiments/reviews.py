@@ -195,8 +195,8 @@ def measure(checkpoint: str, other: str, count: int) -> dict:
         logps, rewards = np.transpose([grammar.score(x, y) for x, y in zip(prompts, texts)])
         accepted = np.isfinite(rewards) & ended
         rewards = np.where(accepted, rewards, 0.0)
-        found[name] = {"texts": texts, "grammar": logps, "rewards": rewards, "accepted": accepted}
-        found[name]["logps"] = response_logps(model, data.to_dataset(trees))
+        found[name] = {"trees": trees, "texts": texts, "grammar": logps}
+        found[name] |= {"rewards": rewards, "accepted": accepted}
     found["KL"] = measure_kl(policy, reference, trees)
 
     held_out = min(count, 2000)

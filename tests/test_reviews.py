@@ -11,6 +11,8 @@ from test_reports import plain_score
 import data
 import train
 from experiments import reviews
+from extra.reward import response_logps
+from sample import load
 
 
 def test_grammar_is_exact(monkeypatch):
@@ -139,6 +141,9 @@ def runs(tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
             --eval_data={held_out} --eval_every=20 --micro_batch_tokens=1024""".split()
         run(root / label, *settings)
         found = reviews.measure(root / label, root / "sft", 800)
+        for name, place in (("SFT", "sft"), ("DPO", label)):
+            trees = data.to_dataset(found[name]["trees"])
+            found[name]["logps"] = response_logps(load(root / place)[0], trees)
         results[label] = found, read_metrics(root / label)
     return results
 
