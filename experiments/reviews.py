@@ -39,8 +39,8 @@ from model import CheckpointError
 from sample import draw, load, show
 
 # What the built-in experiment changes, where the command line does not: a small model from nothing.
-SETTINGS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
-DEMONSTRATIONS, PAIRS, SAMPLES = 60_000, 6_000, 5_000  # for SFT, for DPO, of the report
+SETTINGS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 5e-3}
+DEMONSTRATIONS, PAIRS, SAMPLES = 20_000, 6_000, 5_000  # for SFT, for DPO, of the report
 
 KINDS = {  # what is reviewed: the aspects of a first, second and third clause
     "film": ("plot story", "cast lead director", "music pace ending"),

@@ -77,8 +77,8 @@ def test_the_grammar_is_the_one_of_the_published_figures():
     for clauses in grammar.clauses.values():
         assert [len(c.texts) for c in clauses] == [256, 1152, 768]
     assert len(grammar.prompts["train"]) == 1400 and len(grammar.prompts["eval"]) == 200
-    assert (reviews.DEMONSTRATIONS, reviews.PAIRS, reviews.SAMPLES) == (60_000, 6_000, 5_000)
-    presets = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
+    assert (reviews.DEMONSTRATIONS, reviews.PAIRS, reviews.SAMPLES) == (20_000, 6_000, 5_000)
+    presets = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 5e-3}
     assert presets == reviews.SETTINGS
 
 
