@@ -80,8 +80,10 @@ class KVCache:
         if 4 * going.sum() > 3 * len(going) or not going.any():
             return
         self.running, self.lengths = self.running[going], self.lengths[going]
-        self.stored = self.stored[:, :, going]
         self.sequences = self.sequences[: len(self.running)]
+        kept = self.stored[:, :, going, : self.used]
+        self.stored = self.stored[:, :, : len(self.running)]
+        self.stored[:, :, :, : self.used] = kept
 
     def attend(self, layer: int, q, k, v):
         """q: (R·t, H, D); k, v: (R·t, H_kv, D). Returns (R·t, H, D)."""
