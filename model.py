@@ -202,13 +202,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Transformer":
-        """GPT-2's: N(0, 0.02²), the residual projections smaller by √(2 layers); norms 1."""
-        generator = torch.Generator().manual_seed(seed)
+        """N(0, 1/2C), residual projections smaller by √(2 layers), embeddings N(0, 4/C)."""
+        generator, width = torch.Generator().manual_seed(seed), self.config.hidden_size
         for name, parameter in self.named_parameters():
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02
+            share = 2 * len(self.layers) if residual else 0.125 if "embed" in name else 1
             if parameter.dim() == 2:
-                parameter.normal_(0, std, generator=generator)
+                parameter.normal_(0, (2 * width * share) ** -0.5, generator=generator)
             else:
                 parameter.fill_(0 if name.endswith("bias") else 1)
         return self

@@ -50,18 +50,18 @@ def generate(
     assert prompts and all(prompts), "at least one prompt, and at least one token in each"
     generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     stops = {eos_id} if isinstance(eos_id, int) else {*eos_id}
-    new, drawn = [[] for _ in prompts], None
+    new, drawn, longest = [[] for _ in prompts], None, max(map(len, prompts))
     next_logits = lambda drawn: run_again(model, prompts, new)
     with contextlib.suppress(ImportError):
         from extra.cache import KVCache  # keys and values are kept
 
-        next_logits = KVCache(model, prompts, max(map(len, prompts)) + max_new_tokens, compile)
+        next_logits = KVCache(model, prompts, longest + max_new_tokens, compile, stops)
     for _ in range(max_new_tokens):
         drawn = sample_tokens(next_logits(drawn), generator, **shape)  # (B,)
         if on_token:
             on_token(drawn.tolist())
         for ids, token in zip(new, drawn.tolist()):
-            if not ids or ids[-1] not in stops:  # one that has ended runs on until all have
+            if not ids or ids[-1] not in stops:  # others have ended: what is drawn is nothing
                 ids.append(token)
         if all(ids[-1] in stops for ids in new):
             break

@@ -39,8 +39,8 @@ from model import CheckpointError
 from sample import draw, load, show
 
 # What the built-in experiment changes, where the command line does not: a small model from nothing.
-SETTINGS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
-DEMONSTRATIONS, PAIRS, SAMPLES = 60_000, 6_000, 5_000  # for SFT, for DPO, of the report
+SETTINGS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 5e-3}
+DEMONSTRATIONS, PAIRS, SAMPLES = 20_000, 6_000, 5_000  # for SFT, for DPO, of the report
 
 KINDS = {  # what is reviewed: the aspects of a first, second and third clause
     "film": ("plot story", "cast lead director", "music pace ending"),
@@ -195,8 +195,8 @@ def measure(checkpoint: str, other: str, count: int) -> dict:
         logps, rewards = np.transpose([grammar.score(x, y) for x, y in zip(prompts, texts)])
         accepted = np.isfinite(rewards) & ended
         rewards = np.where(accepted, rewards, 0.0)
-        found[name] = {"texts": texts, "grammar": logps, "rewards": rewards, "accepted": accepted}
-        found[name]["logps"] = response_logps(model, data.to_dataset(trees))
+        found[name] = {"trees": trees, "texts": texts, "grammar": logps}
+        found[name] |= {"rewards": rewards, "accepted": accepted}
     found["KL"] = measure_kl(policy, reference, trees)
 
     held_out = min(count, 2000)

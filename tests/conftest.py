@@ -33,9 +33,23 @@ SHAPES = {  # tied and untied, multi-head and grouped-query, head_dim other than
 }
 
 
+@torch.no_grad()
+def init_small(model: Transformer, seed: int = 1) -> Transformer:
+    """GPT-2's initial weights, N(0, 0.02²), smaller in the residual projections; norms 1, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        if parameter.dim() == 2:
+            std = 0.02 / (2 * len(model.layers)) ** (residual / 2)
+            parameter.normal_(0, std, generator=generator)
+        else:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+    return model
+
+
 def make_model(config: ModelConfig, scale: float = 8.0) -> Transformer:
     """A random model in float64 whose probabilities are far from uniform."""
-    model = Transformer(config).init_weights(1).double()
+    model = init_small(Transformer(config)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale if parameter.dim() == 2 else 1.0)

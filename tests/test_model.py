@@ -310,13 +310,15 @@ def test_frozen_inputs_of_the_head_cost_nothing(chunked, monkeypatch):
 
 @pytest.mark.parametrize("shape", ["grouped", "biased", "normed"])
 def test_initial_weights(shape):
-    """GPT-2's, in the order of the parameters, from the seed alone; norms are 1, biases 0."""
+    """By the width, in the order of the parameters, from the seed alone; norms are 1, biases 0."""
     model = Transformer(SHAPES[shape]).init_weights(5)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         expected = torch.full(parameter.shape, 0.0 if "bias" in name else 1.0)
         if parameter.dim() == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            smaller = 0.02 / math.sqrt(2 * len(model.layers))
-            expected.normal_(0, smaller if residual else 0.02, generator=generator)
-        assert torch.equal(parameter, expected), name
+            std = math.sqrt(1 / (2 * model.config.hidden_size))
+            std = 2 / math.sqrt(model.config.hidden_size) if "embed" in name else std
+            std = std / math.sqrt(2 * len(model.layers)) if residual else std
+            expected.normal_(0, std, generator=generator)
+        torch.testing.assert_close(parameter, expected, msg=name)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, read_metrics, write_jsonl
+from conftest import init_small, make_model, read_metrics, write_jsonl
 
 import data
 import dpo
@@ -37,7 +37,7 @@ def start(tmp_path_factory):
     """The checkpoint that is the reference, and its log-probs: far from uniform."""
     directory = tmp_path_factory.mktemp("optimum") / "start"
     config = ModelConfig(3, 32, 64, 2, 2, 2, 16, rope_theta=10.0, tie_word_embeddings=True)
-    model = Transformer(config).init_weights(1).double()
+    model = init_small(Transformer(config)).double()
     torch.manual_seed(5)  # after all that the layers draw for themselves
     with torch.no_grad():
         for parameter in model.parameters():

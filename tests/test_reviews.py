@@ -11,6 +11,8 @@ from test_reports import plain_score
 import data
 import train
 from experiments import reviews
+from extra.reward import response_logps
+from sample import load
 
 
 def test_grammar_is_exact(monkeypatch):
@@ -75,8 +77,8 @@ def test_the_grammar_is_the_one_of_the_published_figures():
     for clauses in grammar.clauses.values():
         assert [len(c.texts) for c in clauses] == [256, 1152, 768]
     assert len(grammar.prompts["train"]) == 1400 and len(grammar.prompts["eval"]) == 200
-    assert (reviews.DEMONSTRATIONS, reviews.PAIRS, reviews.SAMPLES) == (60_000, 6_000, 5_000)
-    presets = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
+    assert (reviews.DEMONSTRATIONS, reviews.PAIRS, reviews.SAMPLES) == (20_000, 6_000, 5_000)
+    presets = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 5e-3}
     assert presets == reviews.SETTINGS
 
 
@@ -139,6 +141,9 @@ def runs(tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
             --eval_data={held_out} --eval_every=20 --micro_batch_tokens=1024""".split()
         run(root / label, *settings)
         found = reviews.measure(root / label, root / "sft", 800)
+        for name, place in (("SFT", "sft"), ("DPO", label)):
+            trees = data.to_dataset(found[name]["trees"])
+            found[name]["logps"] = response_logps(load(root / place)[0], trees)
         results[label] = found, read_metrics(root / label)
     return results
 

@@ -9,6 +9,7 @@ import torch
 from conftest import SHAPES, make_model
 from test_model import plain_logits
 
+from extra.cache import KVCache
 from model import CheckpointError, Transformer
 from sample import generate, sample_tokens
 
@@ -77,6 +78,24 @@ def test_the_cache_changes_nothing(shape, monkeypatch):
     cached = run()
     monkeypatch.setitem(sys.modules, "extra.cache", None)
     assert run() == cached
+
+
+def test_sequences_that_have_ended_leave(monkeypatch):
+    """Each step runs fewer rows, never one that ended long ago, and the others do not notice."""
+    model, rows = make_model(SHAPES["grouped"], scale=2.0), []
+    run = lambda **o: generate(model, PROMPTS * 10, 40, {2, 7, 8, 9, 10, 11}, seed=1, **o)
+    ended = run()
+    original = Transformer.forward
+    count = lambda self, tokens, *a, **o: (
+        rows.append(len(tokens)) or original(self, tokens, *a, **o)
+    )
+    monkeypatch.setattr(Transformer, "forward", count)
+    assert run() == ended
+    running = [sum(len(ids) > n for ids in ended) for n in range(1, len(rows))]
+    assert all(here <= there < 4 / 3 * here + 1 for here, there in zip(running, rows[1:]))
+    assert rows[1:] == sorted(rows[1:], reverse=True) and rows[-1] < 20
+    monkeypatch.setattr(KVCache, "leave", lambda self: None)
+    assert run() == ended and rows[-1] == 40
 
 
 def test_every_step_is_told():
