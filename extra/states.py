@@ -76,7 +76,7 @@ def finish(out: Path, point: dict, before: str | None):
     for path in (*files, new / "manifest.json", new):
         sync(path)
     made = {"dpo-0": out / "sft", "done-0": out}.get(point["state"])  # what that state stands for
-    for path in (*made.iterdir(), made) if made and made.is_dir() else ():
+    for path in (*filter(Path.is_file, made.iterdir()), made) if made and made.is_dir() else ():
         sync(path)
     place = new.with_name(point["state"])
     remove(place)  # it was passed over
