@@ -183,17 +183,16 @@ def test_weights_and_biases_gets_a_table(files, tmp_path, monkeypatch):
 
 
 def test_it_stays_within_what_the_model_has_seen(monkeypatch):
-    """No further than its positions and its window reach, and never past what is printed."""
+    """No further than its positions and its window reach; and all ranks go as far, whatever ends."""
     asked = []
-    monkeypatch.setattr(
-        sample, "generate", lambda model, prompts, most, *_, **__: asked.append(most)
-    )
-    run = SimpleNamespace(settings=SimpleNamespace(compile=False, seed=0))
-    for positions, window, size, expected in ((400, None, 9, 64), (60, None, 9, 51), (99, 30, 9, 21), (40, 8, 9, 1)):  # fmt: skip
-        run.autocast = torch.autocast("cpu", enabled=False)
+    drawn = lambda model, prompts, most, ends, seed: asked.append((most, ends, seed))
+    monkeypatch.setattr(sample, "generate", drawn)
+    run = SimpleNamespace(settings=SimpleNamespace(compile=False, seed=7))
+    run.autocast = torch.autocast("cpu", enabled=False)
+    for positions, window, expected in ((400, None, 64), (60, None, 51), (99, 30, 21), (40, 8, 1)):
         config = SimpleNamespace(max_position_embeddings=positions, sliding_window=window)
-        samples.draw(run, SimpleNamespace(config=config), [[1], [1] * size])
-        assert asked[-1] == expected
+        samples.draw(run, SimpleNamespace(config=config), [[1], [1] * 9])
+        assert asked[-1] == (expected, (), 7)
     assert samples.printable("a\x1b[2Jb\n  c\x00") == "a\\x1b[2Jb c\\x00"
     assert samples.printable([3, 4]) == "[3, 4]"
 
