@@ -90,7 +90,7 @@ def hub_name(init_from: str) -> str:
 
 def origin(s) -> str:
     """What it was made of, and how, in words."""
-    words = [code(s.init_from) if s.init_from else "a new model"]
+    words = [named(s.init_from) if s.init_from else "a new model"]
     if s.sft_epochs:
         words.append(f"{s.sft_epochs} epoch(s) of SFT")
     if s.epochs:
@@ -118,7 +118,7 @@ def told_settings(s) -> list[list[str]]:
 def told_files(s, digests: dict) -> list[list[str]]:
     rows = []
     for name in FILES:
-        paths = [code(path) for path in getattr(s, name).split(",") if path]
+        paths = [named(path) for path in getattr(s, name).split(",") if path]
         if paths:
             rows.append([code(name), ", ".join(paths), digests.get(name, "")])
     return rows
@@ -154,7 +154,7 @@ def loading(tokenizer, s) -> str:
         lines[-3] = "from transformers import AutoModelForCausalLM"
     lines.append("```")
     if s.epochs:
-        reference = "`DIR/sft`" if s.sft_epochs else code(s.init_from)
+        reference = "`DIR/sft`" if s.sft_epochs else named(s.init_from)
         lines.append(f"The reference, for `--compare`, is {reference}.")
     if s.save_adapter:
         lines.append("The adapters alone, as peft reads them, are in `DIR/adapter`.")
@@ -167,6 +167,13 @@ def going_on() -> str:
 python train.py --init_from=DIR --data=more.jsonl --sft_epochs=0 --out_dir=out/next
 ```
 A run that was stopped goes on by its own command with `--resume`."""
+
+
+def named(path: str) -> str:
+    """A file's or a checkpoint's name; where it lay is in run.json, and need not go further."""
+    place = Path(os.path.abspath(path))
+    own = f"{place.parent.name}/{place.name}" if place.name in ("sft", "adapter") else place.name
+    return code(hub_name(path) or own)
 
 
 def code(value) -> str:

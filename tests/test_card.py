@@ -18,17 +18,15 @@ ROWS = [
     {"prompt": f"Rate {i}:", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(12)
 ]
 STRANGE = "a`b``c|d --- [x](y) *z* <b>\n---\ntags: [evil]"
+PAIRS, OUT = f"{STRANGE}.jsonl", f"out{STRANGE}"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A run in a directory, on a file, whose names mean something in Markdown and YAML."""
-    root = tmp_path_factory.mktemp("world") / STRANGE
-    root.mkdir()
-    path = write_jsonl(root / "pairs.jsonl", ROWS)
-    run_here(
-        "train.py", f"--data={path}", f"--eval_data={path}", f"--out_dir={root / 'out'}", *FLAGS
-    )
+    root = tmp_path_factory.mktemp("world")
+    path = write_jsonl(root / PAIRS, ROWS)
+    run_here("train.py", f"--data={path}", f"--eval_data={path}", f"--out_dir={root / OUT}", *FLAGS)
     return root
 
 
@@ -46,7 +44,7 @@ def tables_of(text: str) -> list[list[list[str]]]:
 
 
 def test_it_says_what_was_done(world):
-    out = world / "out"
+    out = world / OUT
     about, text = parts_of(out)
     assert about == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft", "dpo"]}  # fmt: skip
     size = sum(w.numel() for w in read_safetensors(out / "model.safetensors").values())
@@ -56,10 +54,9 @@ def test_it_says_what_was_done(world):
     assert given["learning_rate"] == "0.001" and given["hidden_size"] == "32"
     assert given["label_smoothing"] == "0.0" and given["beta"] == "0.1"
     assert not given.keys() & {"grad_clip", "log_every", "out_dir", "data", "resume"}
-    path = str(world / "pairs.jsonl")
-    own = hashlib.sha256((world / "pairs.jsonl").read_bytes()).hexdigest()
+    own = hashlib.sha256((world / PAIRS).read_bytes()).hexdigest()
     digest = hashlib.sha256(own.encode()).hexdigest()
-    shown = card.code(path).replace("|", r"\|")
+    shown = card.code(PAIRS).replace("|", r"\|")
     assert files[2:] == [[f"`{name}`", shown, digest] for name in ("data", "eval_data")]
     for stage, cells in zip(("sft", "dpo"), metrics, strict=True):
         last = {}
@@ -76,29 +73,29 @@ def test_it_says_what_was_done(world):
 
 
 def test_it_loads_as_it_says(world):
-    text = (world / "out" / "README.md").read_text(encoding="utf-8")
+    text = (world / OUT / "README.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found = {}
-    exec(code.replace('"DIR"', repr(str(world / "out"))), found)
+    exec(code.replace('"DIR"', repr(str(world / OUT))), found)
     ids = found["tokenizer"]("Rate 3:")["input_ids"]
     assert found["model"](torch.tensor([ids])).logits.shape == (1, len(ids), 300)
     shell = [block.split() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
     assert [block[1] for block in shell] == ["sample.py", "train.py"]
     assert "The reference, for `--compare`, is `DIR/sft`." in text
     put = lambda word, at: word.replace("DIR", str(world / at))
-    words = [put(word, "out") for word in shell[0][1:]]
-    run_here(*words, "--max_new_tokens=3", f"--compare={world / 'out' / 'sft'}")
-    paths = {"--data=more.jsonl": f"--data={world / 'pairs.jsonl'}", "--out_dir=out/next": f"--out_dir={world / 'next'}"}  # fmt: skip
-    words = [paths.get(word, put(word, "out")) for word in shell[1][1:]]
+    words = [put(word, OUT) for word in shell[0][1:]]
+    run_here(*words, "--max_new_tokens=3", f"--compare={world / OUT / 'sft'}")
+    paths = {"--data=more.jsonl": f"--data={world / PAIRS}", "--out_dir=out/next": f"--out_dir={world / 'next'}"}  # fmt: skip
+    words = [paths.get(word, put(word, OUT)) for word in shell[1][1:]]
     run_here(*words)
     about, text = parts_of(world / "next")
     assert about["tags"] == ["dpo"] and "base_model" not in about
-    assert f"The reference, for `--compare`, is {card.code(world / 'out')}." in text
+    assert f"The reference, for `--compare`, is {card.code(OUT)}." in text
 
 
 def test_it_is_one_line_each(world):
     """No name begins a line, a cell or a block of its own, or ends the YAML."""
-    text = (world / "out" / "README.md").read_text(encoding="utf-8")
+    text = (world / OUT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n---\n") == 1 and "\ntags: [evil]" not in text
     for rows in tables_of(text):
         assert len({len(cells) for cells in rows}) == 1
@@ -119,7 +116,7 @@ def test_somebodys_own_is_left_alone(own, world, tmp_path):
     else:
         path.write_bytes(own if isinstance(own, bytes) else own.encode())
     before = path.read_bytes() if path.is_file() else None
-    data, short = f"--data={world / 'pairs.jsonl'}", ["--max_steps=1", "--epochs=0"]
+    data, short = f"--data={world / PAIRS}", ["--max_steps=1", "--epochs=0"]
     flags = [flag for flag in FLAGS if not flag.startswith("--learning_rate")]
     printed = run_here("train.py", data, *flags, *short, f"--out_dir={tmp_path}").stdout
     assert printed.count(f"{path} is not train.py's, and stays as it is") == 1
@@ -139,16 +136,16 @@ def test_somebodys_own_is_left_alone(own, world, tmp_path):
 def test_adapters_and_bases(world, tmp_path, monkeypatch):
     """The base is named where it may be on the hub: not a path, and not another run."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--lora_rank=2", "--save_adapter", f"--data={world / 'pairs.jsonl'}", "--batch_size=4"]
+    flags = ["--lora_rank=2", "--save_adapter", f"--data={world / PAIRS}", "--batch_size=4"]
     base = tmp_path / "somebody" / "model"
     base.parent.mkdir()
-    base.symlink_to(world / "next" if (world / "next").exists() else world / "out")
+    base.symlink_to(world / "next" if (world / "next").exists() else world / OUT)
     assert card.hub_name("somebody/model") == "", "a run is there"
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     base.unlink()
     base.mkdir()
-    for file in (world / "out").iterdir():
+    for file in (world / OUT).iterdir():
         if file.suffix in (".json", ".model", ".safetensors") and file.name != "run.json":
             (base / file.name).write_bytes(file.read_bytes())
     run_here("train.py", *flags, "--init_from=somebody/model", "--sft_epochs=0", "--out_dir=out")
@@ -157,6 +154,7 @@ def test_adapters_and_bases(world, tmp_path, monkeypatch):
     assert "`somebody/model`, 1 epoch(s) of the loss" in text
     assert "by adapters of rank 2, which are merged" in text and "`DIR/adapter`" in text
     assert "`save_adapter` | `True`" in text and "sft_learning_rate" not in text
+    assert card.named("a/b/sft") == "`b/sft`" and card.named("/a/b.jsonl") == "`b.jsonl`"
     names = ("", "./somebody/model", "model", "/somebody/model", "a/b/c", "a b/c")
     assert not any(map(card.hub_name, names))
 
