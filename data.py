@@ -318,11 +318,11 @@ class Batch:
     soft: bool  # is any label below 1?
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on `device`, copied from pinned memory while the GPU works."""
+        """The same on `device`; on CUDA copied from pinned memory while the GPU works."""
         move = {k: x for k, x in vars(self).items() if k not in ("segments", "ids", "soft")}
-        if torch.device(device).type == "cuda":
+        if pinned := torch.device(device).type == "cuda":
             move = {name: tensor.pin_memory() for name, tensor in move.items()}
-        return replace(self, **{k: x.to(device, non_blocking=True) for k, x in move.items()})
+        return replace(self, **{k: x.to(device, non_blocking=pinned) for k, x in move.items()})
 
 
 def collate(dataset: Dataset, examples: np.ndarray) -> Batch:

@@ -65,14 +65,19 @@ def sequence_logps(model, batch) -> Tensor:
     """log π(y|x) in nats of every response in the batch, (N,): the sum over its tokens, in float64:
     a float32 sum would add ten times the rounding error of all that went before."""
     logps = model(batch.tokens, batch.positions, batch.segments, batch.targets)  # (M,)
-    sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logps.device)
-    return sums.index_add(0, batch.response, (logps * batch.learnt).double()).to(logps.dtype)
+    sums = double(torch.zeros(len(batch.lengths), device=logps.device))
+    return sums.index_add(0, batch.response, double(logps * batch.learnt)).to(logps.dtype)
+
+
+def double(x: Tensor) -> Tensor:
+    """In float64; on Apple's GPU, which has none, as it is."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def sft_loss(logps: Tensor, batch) -> tuple[Tensor, dict]:
     """Negative log-likelihood of the demonstrations: the sum over their tokens, and for metrics."""
     total = -logps.sum()
-    return total, {"loss": total.detach().double(), "count": batch.learnt.sum().double()}
+    return total, {"loss": double(total.detach()), "count": double(batch.learnt.sum())}
 
 
 def preference_loss(
@@ -107,7 +112,7 @@ def preference_loss(
         "count": torch.ones_like(margins),
     }
     add = lambda values: (batch.weights * values).sum()
-    return add(losses), {name: add(value.detach().double()) for name, value in metrics.items()}
+    return add(losses), {name: add(double(value.detach())) for name, value in metrics.items()}
 
 
 @torch.no_grad()
@@ -116,7 +121,7 @@ def reference_logps(model, batches: Iterable, responses: int) -> Tensor:
     under its autocast."""
     values = torch.zeros(responses, dtype=torch.float64)
     for batch in batches:  # a rank without work has a stand-in (data.collate), whose sum is 0
-        values[batch.ids] += sequence_logps(model, batch).double().cpu()
+        values[batch.ids] += sequence_logps(model, batch).cpu()
     return values
 
 

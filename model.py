@@ -344,7 +344,6 @@ def load_pretrained(directory: str | Path) -> Transformer:
     return fill(model.to_empty(device="cpu"), weights)
 
 
-@torch.no_grad()
 def write_whole(path: Path, content: bytes):
     """Beside it, and then in its place: never half of it."""
     new = path.with_name(f"{path.name}.new")

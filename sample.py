@@ -79,8 +79,9 @@ def run_again(model, prompts: list, new: list) -> torch.Tensor:
 
 
 def load(directory: str | Path) -> tuple[Transformer, data.Tokenizer | None]:
-    model = load_pretrained(directory).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return model, data.find_tokenizer(directory)
+    other = "mps" if torch.backends.mps.is_available() else "cpu"  # Apple's GPU
+    device = "cuda" if torch.cuda.is_available() else other
+    return load_pretrained(directory).to(device).eval(), data.find_tokenizer(directory)
 
 
 def draw(model, tokenizer, prompts: list, max_new_tokens=256, seed=0, **options) -> list:

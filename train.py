@@ -13,8 +13,6 @@ import inspect
 import json
 import math
 import os
-import resource
-import shutil
 import sys
 import time
 from collections import Counter
@@ -73,6 +71,7 @@ class Settings:
     activation_checkpointing: bool = False  # recompute each block in the backward pass
     log_every: int = 25  # steps
     eval_every: int = 0  # steps; 0: before and after each stage
+    sample_every: int = 0  # steps between samples of three held-out prompts; 0: none
     save_every: int = 0  # steps between states that --resume goes on from; 0: none
     wandb: str = "disabled"  # Weights & Biases: disabled, offline or online
     options: dict = dataclasses.field(default_factory=dict)  # of the loss
@@ -122,15 +121,16 @@ class Run:
         self.since, self.counts = 0.0, Counter()  # for `rates`
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        other = "mps" if mps and self.world == 1 else "cpu"  # gloo, for several, has no mps
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else other)
         # The one mechanism for bf16: float32 master weights, matrix products under autocast.
         self.bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and cuda)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         if cuda:
             torch.cuda.set_device(self.device)
         # () of the step before, for the losses that ask: dpo.Pairs.
-        self.mean_logratio = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.mean_logratio = dpo.double(torch.zeros((), device=self.device))
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
@@ -138,7 +138,7 @@ class Run:
         # Stand-ins: extra/guard.py saves and loads states, and a signal ends what is watched.
         self.save_state, self.load_state = lambda *_: None, lambda *_: (0, Counter())
         self.watch, self.saved_if_stopped = lambda items, *_: items, contextlib.nullcontext()
-        self.save = lambda: None
+        self.save, self.restore, self.memory = lambda: None, dict, dict
         self.look = lambda stage, step, steps, model: None  # at the model, after so many steps
         with contextlib.suppress(ImportError):
             from extra.guard import protect
@@ -148,22 +148,17 @@ class Run:
 
     def begin(self) -> dict:
         """Make or find the directory of the run. (rank 0)"""
-        metrics, resume = self.out / "metrics.jsonl", self.out / "resume"
         (self.out / "encoded").mkdir(parents=True, exist_ok=True)
-        point = read_point(self.out, whole=True) if self.settings.resume else {}
-        if "state" in point:  # what was recorded after the state will be again
-            llm.write_whole(metrics, (resume / point["state"] / metrics.name).read_bytes())
-        else:
-            for place in (resume, self.out / "adapter"):  # another run's
-                shutil.rmtree(place, ignore_errors=True)
-            metrics.write_text("")
+        point = self.restore()
+        if not point:
+            (self.out / "metrics.jsonl").write_text("")
             llm.write_whole(self.out / "run.json", json.dumps(self.about, indent=2).encode())
         if (mode := self.settings.wandb) != "disabled":
             import wandb
 
             where = {"project": "dpo", "name": self.out.name, "dir": self.out}
             self.wandb = wandb.init(**where, mode=mode, config=self.about["settings"])
-        return point if "state" in point else {}
+        return point
 
     def alone(self, work: Callable, *inputs):
         """What rank 0 gets from it, for all ranks. (all ranks)"""
@@ -174,18 +169,17 @@ class Run:
 
     def total(self, sums: dict) -> dict[str, torch.Tensor]:
         """The sums over the ranks, in one all_reduce in float64. (all ranks)"""
-        values = torch.stack([torch.as_tensor(x).to(self.device).double() for x in sums.values()])
+        values = dpo.double(torch.stack([x.to(self.device) for x in sums.values()]))
         if self.world > 1:
             dist.all_reduce(values)
         return dict(zip(sums, values))
 
     def rates(self) -> dict[str, float]:
-        """What was counted, a second since the last call; the most memory so far, in GiB."""
+        """What was counted, a second since the last call; and the most memory so far."""
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
         rates = {f"{name}_per_second": float(n) / seconds for name, n in self.counts.items()}
         self.counts.clear()
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
-        return rates | {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 or resident}
+        return rates | self.memory()
 
     def skip(self, stage: str, step: int, *_):
         """A step without a finite loss and gradient. Raises DataError. (all ranks)"""
@@ -218,7 +212,7 @@ def load_data(run: Run) -> tuple[data.Tokenizer | None, dict[str, data.Dataset]]
         examples = data.read_examples(s.sft_data or s.data, "demonstrations", s.skip_bad_rows)
         run.alone(data.Tokenizer.train, examples, run.out / "encoded", s.vocab_size)
     find = data.find_tokenizer if s.init_from else data.Tokenizer
-    tokenizer = find(s.init_from or s.tokenizer or run.out / "encoded")
+    tokenizer = run.tokenizer = find(s.init_from or s.tokenizer or run.out / "encoded")
     if tokenizer:
         tokenizer.rendered = s.rendered
     for name, paths, kind, epochs in (
@@ -270,9 +264,8 @@ def save_model(model, tokenizer, directory: Path, run: Run):
 
 
 def micro_batches(dataset, examples, run: Run, factor: int = 1) -> Iterator[data.Batch]:
-    """This rank's micro-batches of the examples (None: of all), as many as each rank has. On CUDA
-    each is made and copied while the GPU still works on the last one."""
-    examples = np.arange(len(dataset)) if examples is None else examples
+    """This rank's micro-batches of the examples, as many as each rank has. On CUDA each is made
+    and copied while the GPU still works on the last one."""
     inputs = dataset.lengths, examples, factor * run.settings.micro_batch_tokens, run.world
     for part in run.watch(data.pack(*inputs)[run.rank]):
         yield data.collate(dataset, part).to(run.device)
@@ -280,14 +273,14 @@ def micro_batches(dataset, examples, run: Run, factor: int = 1) -> Iterator[data
 
 def with_reference(dataset, model, checkpoint: str | Path, run: Run) -> data.Dataset:
     """The data set with log π_ref of every response, computed once, by one pass. (all ranks)"""
-    count, kept = dataset.responses(), lambda compute, *_: compute(None)
+    count, kept = dataset.responses(), lambda compute, *_: compute(np.arange(len(dataset)))
     with contextlib.suppress(ImportError):
         from extra.kept import kept  # computed once by a sweep from one checkpoint, and checked
 
-    def logps(examples: np.ndarray | None, factor: int = 2) -> torch.Tensor:
+    def logps(examples: np.ndarray, factor: int = 2) -> torch.Tensor:
         batches = micro_batches(dataset, examples, run, factor)
         with run.autocast:
-            return run.total({"": dpo.reference_logps(model, batches, count)})[""].cpu()
+            return run.total({"": dpo.reference_logps(model, batches, count).float()})[""].cpu()
 
     values = kept(logps, dataset, model, checkpoint, run)
     return dataclasses.replace(dataset, reference=values.float().numpy())
@@ -309,7 +302,7 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
         if s.save_every and step % s.save_every == 0 and first < step < steps:
             run.save()
         if held_out and (step in (0, steps) or (s.eval_every and step % s.eval_every == 0)):
-            batches = micro_batches(held_out, None, run, 2)
+            batches = micro_batches(held_out, np.arange(len(held_out)), run, 2)
             run.record(stage, {"step": step} | dpo.evaluate(model, batches, loss_of, run))
         run.look(stage, step, steps, model)
         run.since += time.perf_counter() - paused
@@ -340,12 +333,12 @@ def train_stage(stage: str, model, train, held_out, loss_of, epochs: int, peak: 
             totals.clear()
 
 
-def read_point(out: Path, whole: bool = False) -> dict:
-    """What the last state of the run there says; {} if there is none. whole: it is verified."""
+def read_point(out: Path) -> dict:
+    """What the last state of the run there says; {} if there is none."""
     with contextlib.suppress(ImportError):
         from extra.states import newest
 
-        return newest(out, whole)
+        return newest(out, whole=False)
     path = out / "run.json"  # without that room from its beginning
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

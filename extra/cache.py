@@ -38,7 +38,7 @@ class KVCache:
         dtype = weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        self.stored = weight.new_zeros(shape, dtype=dtype)  # keys and values of each layer
+        self.stored = torch.zeros(shape, dtype=dtype, device=weight.device)  # of each layer
         self.layers = [partial(self.attend, layer) for layer in range(c.num_hidden_layers)]
         # What runs next: tokens and positions (R, t), and where in the stream each sequence ends.
         tokens = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)

@@ -293,6 +293,10 @@ def complete(directory: Path, tokenizer, run):
         if tokenizer.rendered:  # texts of any template end as that ends them
             tokenizer.stops += learnt_ends(sets, tokenizer)
         complete_tokenizer(directory, tokenizer, chats or not s.init_from)
+    if directory == run.out:
+        from extra import card
+
+        card.write(directory, tokenizer, run)
 
 
 def encoded_sets(run) -> list[Path]:

@@ -29,10 +29,14 @@ def encode_once(run, name: str, examples, tokenizer, *limits) -> tuple[data.Data
     """`data.encode(examples, tokenizer, *limits)`, kept under that name. (all ranks)"""
     place = run.out / "encoded" / name.replace(" ", "_")
     run.alone(encode_in, place, run, examples, tokenizer, *limits)
-    arrays = (np.load(place / f"{array}.npy", mmap_mode="r") for array in ARRAYS)
     found = Counter(json.loads((place / "counts.json").read_text(encoding="utf-8")))
     found.pop("conversations", None)  # is there for extra/checkpoints.py
-    return data.Dataset(*arrays), found
+    return read(place), found
+
+
+def read(place: Path) -> data.Dataset:
+    """What is kept there, mapped."""
+    return data.Dataset(*(np.load(place / f"{array}.npy", mmap_mode="r") for array in ARRAYS))
 
 
 def encode_in(place: Path, run, examples, tokenizer, *limits):

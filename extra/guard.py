@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -51,6 +52,11 @@ def protect(run):
     run.saved_if_stopped = saved_if_stopped(run)
     run.skipped, run.skip = {}, partial(skip, run)
     run.save_state, run.load_state = partial(states.save, run), partial(states.load, run)
+    run.restore, run.memory = partial(states.restore, run), peak_memory
+    if run.settings.sample_every:
+        from extra.samples import look
+
+        run.look = partial(look, run)
     catch_signals(run)
     run.alone(begin, run)
 
@@ -230,6 +236,13 @@ def say_if_unmoved(metrics: Path):
     if still and abs(losses[-1] - losses[0]) < UNMOVED * abs(losses[0]):
         why = "is the learning rate too small, or the warmup as long as the run?"
         print(f"{rows[0]['stage']}: the loss has not moved from {losses[0]:.6g}: {why}", flush=True)
+
+
+def peak_memory() -> dict[str, float]:
+    """The most so far, in GiB, of the GPU; without CUDA what this process had in RAM."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes; elsewhere KiB
+    resident = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_memory_gib": (torch.cuda.max_memory_allocated() or resident) / 2**30}
 
 
 def one_line(what, most: int = 200) -> str:

@@ -30,8 +30,8 @@ POSITIVE |= {"log_every"}
 OPTIONS_ABOVE_0 = {"exo": "label_smoothing", "chipo": "gamma", "fdpo_alpha": "alpha"}
 MOST = {"seed": 2**63 - 1, "num_layers": 1000}  # of other whole numbers: 2³¹ - 1
 BETWEEN = {"beta": (1e-6, 1e6), "temperature": (1e-6, 1e6), "top_p": (1e-6, 1)}  # others: 1e±30
-MAY_CHANGE = {"log_every", "eval_every", "save_every", "save_adapter", "wandb"}  # when resuming
-MAY_CHANGE |= {"micro_batch_tokens", "activation_checkpointing", "compile"}
+MAY_CHANGE = {"log_every", "eval_every", "sample_every", "save_every", "save_adapter", "wandb"}
+MAY_CHANGE |= {"micro_batch_tokens", "activation_checkpointing", "compile"}  # when resuming
 PATHS = {"data", "eval_data", "sft_data", "init_from", "tokenizer"}
 
 

@@ -24,6 +24,7 @@ import model as llm
 from data import DataError
 from extra.guard import one_line, sha256
 from extra.reading import parse_json, read_bytes
+from extra.samples import rewind
 
 PATHS = ("data", "eval_data", "sft_data", "tokenizer", "init_from")
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -75,7 +76,7 @@ def finish(out: Path, point: dict, before: str | None):
     for path in (*files, new / "manifest.json", new):
         sync(path)
     made = {"dpo-0": out / "sft", "done-0": out}.get(point["state"])  # what that state stands for
-    for path in (*made.iterdir(), made) if made and made.is_dir() else ():
+    for path in (*filter(Path.is_file, made.iterdir()), made) if made and made.is_dir() else ():
         sync(path)
     place = new.with_name(point["state"])
     remove(place)  # it was passed over
@@ -107,6 +108,20 @@ def sync(path: Path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def restore(run) -> dict:
+    """What the last state says, if the run goes on from it, with what was recorded until then: the
+    rest will be again. {} where the run begins, and nothing is left of another. (rank 0)"""
+    point = newest(run.out, whole=True) if run.settings.resume else {}
+    if point:
+        rows = run.out / "resume" / point["state"] / "metrics.jsonl"
+        llm.write_whole(run.out / "metrics.jsonl", rows.read_bytes())
+    else:
+        for place in (run.out / "resume", run.out / "adapter"):
+            shutil.rmtree(place, ignore_errors=True)
+    rewind(run.out / "samples.jsonl", point)
+    return point
 
 
 def load(run, stage: str, model, optimizer) -> tuple[int, Counter]:

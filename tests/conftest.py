@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+torch.backends.mps.is_available = lambda: False  # the tests are the CPU's; CUDA has its own
 
 import data  # noqa: E402
 from extra import checkpoints  # noqa: E402

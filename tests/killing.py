@@ -63,9 +63,9 @@ class Points:
     def inside(self, path, dir_fd: int | None = None) -> str | None:
         """The path below the root, or None: of another file."""
         if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}")
+            path = path_of(path)
         elif dir_fd is not None:
-            path = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), os.fsdecode(path))
+            path = os.path.join(path_of(dir_fd), os.fsdecode(path))
         path = os.path.abspath(os.fsdecode(path))
         return os.path.relpath(path, self.root) if f"{path}/".startswith(f"{self.root}/") else None
 
@@ -111,6 +111,13 @@ class Points:
             return function(path, flags, *rest, dir_fd=dir_fd, **options)
 
         return call
+
+
+def path_of(descriptor: int) -> str:
+    """Of an open file or directory."""
+    if hasattr(fcntl, "F_GETPATH"):  # macOS
+        return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 class Watched(io.FileIO):

@@ -443,7 +443,7 @@ def test_a_new_tokenizer_is_saved_with_what_others_want(tokenizer, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.proto)
     # A new model, whatever it was trained on.
     settings = SimpleNamespace(init_from="", tokenizer="", sft_epochs=1, epochs=1)
-    complete(tmp_path, tokenizer, SimpleNamespace(settings=settings, out=tmp_path))
+    complete(tmp_path, tokenizer, SimpleNamespace(settings=settings, out=tmp_path / "run"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "The film was great."
     assert theirs(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]

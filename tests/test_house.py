@@ -2,14 +2,17 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 
 import mutations
 import pytest
+import yaml
 from conftest import ROOT, read_metrics, write_jsonl
 
 import train
@@ -140,6 +143,20 @@ def test_readme_is_true_about_flags_and_sizes():
     for name, lines in re.findall(r"\| \[?`?(\w+\.py)`?\S* \| (\d+) \|", readme):
         actual = source(name.removesuffix(".py")).count("\n")
         assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines"
+
+
+def test_uv_and_pip_install_the_same():
+    """`uv run train.py` takes its packages from pyproject.toml, and builds none of this."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    pip = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    assert project["project"]["dependencies"] == [line for line in pip if line]
+    assert project["tool"]["uv"] == {"package": False}
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    assert min(job["strategy"]["matrix"]["python"]) == oldest
 
 
 def test_the_list_of_mistakes_fits_the_code():

@@ -63,6 +63,17 @@ def test_a_run_killed_at_other_operations(world):
     assert not wrong(kill(world.toy, world.whole, at) for at in sample)
 
 
+def test_samples_are_there_once(world):
+    """Killed wherever one is written, a run has each of them once in the end."""
+    flag = "--sample_every=2"
+    whole = world.toy.whole(flag)
+    world.toy.clear()
+    trace = world.toy.run(flag, at=NEVER).trace
+    operations = [n for n in distinct(trace) if "samples.jsonl" in trace[n - 1]]
+    assert "samples.jsonl" in whole and len(operations) > 10
+    assert not wrong(kill(world.toy, whole, at, flag) for at in operations[::2])
+
+
 def test_two_kills(world):
     """The resumed run is killed, too."""
     choose = random.Random(1)

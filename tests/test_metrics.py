@@ -26,7 +26,7 @@ from test_model import plain_logits
 import data
 import dpo
 import train
-from extra import encoded, kept, states
+from extra import encoded, guard, kept, states
 from model import ModelConfig, load_pretrained, save_pretrained
 
 RATES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
@@ -755,8 +755,8 @@ def test_rates_count_training_alone(world, tmp_path, monkeypatch):
                          (train, "load_data")):  # fmt: skip
         slowly(module, name, lambda: 1000.0)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    usage = {train.resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=3 * 2**19)}
-    monkeypatch.setattr(train.resource, "getrusage", usage.get)
+    usage = {guard.resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=3 * 2**19)}  # KiB
+    monkeypatch.setattr(guard.resource, "getrusage", usage.get)
     settings = COMMON | {"files": ("data", "eval_data", "sft_data"), "shuffle": False}
     settings |= {"eval_every": 1, "save_every": 5}
     run = lambda out: train_here(*flags_of(settings, world), f"--init_from={world.base}", out)
@@ -782,6 +782,10 @@ def test_rates_count_training_alone(world, tmp_path, monkeypatch):
             [line] = [x for x in printed if x.startswith(f"{stage} {done}  train/")]
             assert line.endswith(f"  {said}")
     assert not rows
+    usage[guard.resource.RUSAGE_SELF].ru_maxrss *= 2**10  # bytes, as macOS counts
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        assert guard.peak_memory() == {"peak_memory_gib": 1.5}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**29)
     run(f"--out_dir={tmp_path / 'cuda'}")
     rows = [row for row in read_metrics(tmp_path / "cuda") if "epoch" in row]
@@ -1062,7 +1066,8 @@ def test_one_process_alone_reports(world, tmp_path, monkeypatch, capsys):
 def test_sums_are_added_up_in_float64(world, tmp_path):
     """Whatever they come as."""
     run, exact = a_run(world, tmp_path), torch.tensor(1 + 1e-9, dtype=torch.float64)
-    given = {"a": torch.tensor(2**24 + 1), "b": exact, "c": True, "d": np.float32(0.1)}
+    given = {"a": torch.tensor(2**24 + 1), "b": exact}
+    given |= {"c": torch.tensor(True), "d": torch.tensor(0.1)}
     sums = run.total(given)
     assert all(x.dtype == torch.float64 and x.shape == () for x in sums.values())
     values = {name: x.item() for name, x in sums.items()}

@@ -576,6 +576,7 @@ def check_printed(run: Run):
             per_epoch = -(-count // s.batch_size)
             assert row["epoch"] == pytest.approx(row["step"] / per_epoch)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            memory /= 2**10 if sys.platform == "darwin" else 1
             assert 0.5 * memory < row["peak_memory_gib"] <= memory
         assert line.rstrip() == "  ".join(words)
 
@@ -915,6 +916,21 @@ def evaluates_nothing(before: Run, after: Run):
     assert all(kind == "train" for stage in STAGES for _, kind in after.facets[f"{stage} rows"])
 
 
+def samples(before: Run, after: Run):
+    """Of three held-out prompts, by each stage's model as it was then."""
+    new = [name for name in after.facets["files"] if name not in before.facets["files"]]
+    assert new == ["samples.jsonl"]
+    rows = [json.loads(line) for line in (after.out / "samples.jsonl").read_text().splitlines()]
+    prompts = [row["prompt"] for row in make_pairs(3, 60)]
+    due = [(stage, step, prompt) for stage in STAGES for step in (0, 4, 6) for prompt in prompts]
+    assert [(row["stage"], row["step"], row["prompt"]) for row in rows] == due
+    said = [line for line in after.facets["printed"] if line.startswith(("sample of ", "  -> "))]
+    assert len(said) == 2 * len(rows)
+    assert [line for line in after.facets["printed"] if line not in said] == before.facets[
+        "printed"
+    ]
+
+
 def saves_states(before: Run, after: Run):
     """None after a stage's last step, but where each stage is done; of these the newest two stay.
     What was logged since the last row goes on: to log is no reason to save, nor the reverse."""
@@ -1045,6 +1061,7 @@ CASES = [
     Case("activation_checkpointing", {"activation_checkpointing": "true"}, of("blocks"), recomputes),
     Case("log_every", {"log_every": 4}, of("rows") | of("logged"), averages_rows),
     Case("eval_every", {"eval_every": 4}, of("rows") | of("evaluated") | HELD_OUT, evaluates_more),
+    Case("sample_every", {"sample_every": 4}, {"files", "printed"}, samples),
     Case("save_every", {"save_every": 2}, {"files", "states"}, saves_states, {"log_every": 5}),
     Case("wandb", {"wandb": "offline"}, {"wandb"}, reports_to_wandb),
     Case("wandb", {"wandb": "online"}, {"wandb"}, reports_to_wandb),
@@ -1144,7 +1161,7 @@ PROMISED = {
     "batch_size": 64, "epochs": 1, "sft_epochs": 1, "max_steps": 0, "shuffle": True, "seed": 0, "rendered": False, "max_length": 512,
     "max_prompt_length": 256, "micro_batch_tokens": 4096, "skip_bad_rows": 0, "vocab_size": 640, "hidden_size": 128, "num_layers": 2,
     "num_heads": 4, "dtype": "auto", "lora_rank": 0, "save_adapter": False, "compile": False, "activation_checkpointing": False,
-    "log_every": 25, "eval_every": 0, "save_every": 0, "wandb": "disabled", "options": {"label_smoothing": 0.0},
+    "log_every": 25, "eval_every": 0, "sample_every": 0, "save_every": 0, "wandb": "disabled", "options": {"label_smoothing": 0.0},
 }  # fmt: skip
 
 
@@ -1168,7 +1185,7 @@ def test_bfloat16_is_the_default_on_cuda_only(tmp_path, monkeypatch):
     devices = []
     monkeypatch.setattr(torch, "autocast", lambda *given, enabled: (*given, enabled))
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    monkeypatch.setattr(torch, "zeros", lambda *_, dtype, device: None)  # there is no such device
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(()))  # there is none such
     monkeypatch.setenv("LOCAL_RANK", "3")
     for cuda, expected in ((False, [False, True, False]), (True, [True, True, False])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
