@@ -56,9 +56,7 @@ def test_the_plan():
         assert one.setdefault(e.run, own) == own
     assert len({e.panel for e in entries}) == 7
     for flags in {e.flags for e in entries}:
-        frontier.train.parse_settings(
-            ["--data=x", *flags.split()]
-        )
+        frontier.train.parse_settings(["--data=x", *flags.split()])
     quick = frontier.plan(quick=True)
     assert {e.run for e in quick} < {e.run for e in entries} and len(quick) < 40
 

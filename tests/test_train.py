@@ -235,7 +235,9 @@ def test_the_mean_of_the_step_before_is_what_the_loss_gets(loss, files, tmp_path
         both = row["train/rewards/chosen"] + row["train/rewards/rejected"]
         expected.append(both / (2 * run.settings.beta))
     assert abs(expected[0]) < 1e-5, "in the first step the policy is the reference"
-    assert len(given) == 2 and given == pytest.approx(expected, rel=1e-6, abs=1e-5) and given[1] != 0
+    assert (
+        len(given) == 2 and given == pytest.approx(expected, rel=1e-6, abs=1e-5) and given[1] != 0
+    )
     second = torch.cat([ratios for mean, ratios in seen if mean == 0])[16:]  # after 8 pairs
     assert given[1] == pytest.approx(second.mean().item(), abs=1e-6)
 
