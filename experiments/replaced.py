@@ -49,7 +49,11 @@ def compare(run: Path, betas: list[float], steps: int, count: int, seed: int) ->
         if not (run / name).exists():
             why = "give a finished run of the built-in experiment, as python train.py makes it"
             raise data.DataError(f"{run / name} is missing: {why}")
-    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))["settings"]
+    settings = data.read_row(str(run / "run.json"), (run / "run.json").read_bytes())["settings"]
+    if Path(settings["data"]).name != "pairs.jsonl":
+        raise data.DataError(f"{run}: this run was trained on {settings['data']}, not on reviews")
+    if count < 2 or steps < 0 or not all(0 <= beta < math.inf for beta in betas):
+        raise data.DataError("--count must be at least 2, --steps and --beta at least 0")
     log = [row for _, row in data.read_jsonl(str(run / "metrics.jsonl")) if row["stage"] == "dpo"]
     rate = np.mean([row["pairs_per_second"] for row in log if "pairs_per_second" in row])
     prompts = np.random.default_rng(0).choice(rlhf.GRAMMAR.prompts["eval"], count).tolist()
