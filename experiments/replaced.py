@@ -4,9 +4,10 @@
 
 A row for each method: its true reward and KL(π‖π_ref) on held-out prompts with their standard
 errors, which share that is of R*(KL), how many responses are reviews that end (others count as
-reward 0), and the learned reward that it thinks it has. Then what it took: samples drawn (of best
-of N for the answers measured: it has no training), CPU seconds (of DPO those of its log), models
-in memory, and beyond what SFT has already lines of code and knobs.
+reward 0), and the learned reward that it thinks it has. Then what it took: CPU seconds (of DPO the
+seconds of its steps by its log, of all cores it had, without the one pass of the reference),
+samples drawn (of best of N for these answers: it has no training, and so no end), models in
+memory, and beyond what SFT has already lines of code and knobs.
 """
 
 import argparse
