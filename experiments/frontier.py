@@ -32,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import sample
 import train
-from experiments import exact, reviews
+from experiments import exact, reviews, rlhf
 from extra.guard import hold
 from extra.reward import measure_kl
 from model import CheckpointError, write_whole
 
 STEPS, BATCH = 188, 32  # of a run, at least: an epoch of the usual number of pairs
+RLOO_STEPS = 200  # of 128 samples each
 DEMONSTRATIONS, PAIRS = 60_000, 6_000
 SAMPLES = 250, 1_500  # of a look on the way, and at the end
 METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
@@ -77,6 +78,7 @@ class Entry(NamedTuple):
     flips: float = 0.0  # share of the labels that are turned round
     right: bool = False  # labels by the true reward, not drawn from it
     rounds: int = 1  # between which new pairs are sampled from the policy
+    rloo: str = ""  # instead of train.py policy gradient, with this reward: learned or true
 
 
 def entries_of(panel: str, methods: dict, seeds, values=slice(None), **rest) -> list[Entry]:
@@ -123,6 +125,10 @@ def plan(quick: bool) -> list[Entry]:
     for rounds, seed in itertools.product((2, 3), few):
         what = "rounds", "DPO", f"{rounds} rounds", rounds, seed, f"--loss=dpo --beta={rounds}"
         found.append(Entry(f"rounds/{rounds}/{seed}", *what, rounds=rounds))
+
+    for reward, beta, seed in itertools.product(("learned", "true"), (0.3, 1), range(3)):
+        where, method = f"main/rloo-{reward}-{beta}/{seed}", f"RLOO, {reward} reward"
+        found.append(Entry(where, "main", method, f"β={beta}", beta, seed, rloo=reward))
 
     found += entries_of("displacement", COLLAPSE, few)
     shown = [e for e in found if e.panel == "main" and (e.method, e.setting) in DISPLACED]
@@ -191,6 +197,8 @@ def work(entry: Entry, root: Path, samples: tuple[int, int]):
     """Make one run, and measure it four times. Raises DataError where it diverges."""
     out = root / entry.run
     begin(out, entry)
+    if entry.rloo:
+        return replaced(entry, root, samples[-1])
     reference, tokenizer = sample.load(root / "reference")
     start = root / "reference"
     for number in range(1, entry.rounds + 1):
@@ -219,6 +227,17 @@ def work(entry: Entry, root: Path, samples: tuple[int, int]):
         with run.saved_if_stopped:
             train.train(run)
         start = where
+
+
+def replaced(entry: Entry, root: Path, count: int):
+    """The pipeline that DPO replaces, on the same pairs: a reward model and policy gradient."""
+    start, out, model = root / "reference", root / entry.run, None
+    write_rows(out / "pairs.jsonl", pairs_of(entry))
+    if entry.rloo == "learned":
+        model = rlhf.train_reward_model(start, out / "pairs.jsonl", seed=entry.seed)
+    policy = rlhf.rloo(start, model, entry.x, RLOO_STEPS, seed=entry.seed)
+    row = measure(policy, *sample.load(start), count, entry.seed)
+    write_rows(out / "metrics.jsonl", [{"stage": "rloo", "step": RLOO_STEPS} | row])
 
 
 def make_reference(root: Path):

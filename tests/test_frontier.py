@@ -55,7 +55,7 @@ def test_the_plan():
         own = e._replace(panel="", method="", setting="", x=0)
         assert one.setdefault(e.run, own) == own
     assert len({e.panel for e in entries}) == 7
-    for flags in {e.flags for e in entries}:
+    for flags in {e.flags for e in entries if not e.rloo}:
         frontier.train.parse_settings(["--data=x", *flags.split()])
     quick = frontier.plan(quick=True)
     assert {e.run for e in quick} < {e.run for e in entries} and len(quick) < 40
