@@ -24,7 +24,7 @@ LOOKS = (  # colour and marker of a method; the first is DPO
     ("#56B4E9", "P"), ("#882255", "X"),
 )  # fmt: skip
 EXACT = {  # colour and line of what is calculated
-    "best of N": ("#888888", "-"), "perfect RLHF, words": ("black", "-"),
+    "best of N, true reward": ("#888888", "-"), "perfect RLHF, words": ("black", "-"),
     "perfect RLHF, all words": ("black", "-."), "perfect RLHF, no adverbs": ("black", "--"),
     "perfect RLHF, length": ("black", ":"),
 }  # fmt: skip
@@ -139,21 +139,22 @@ def along(group: Group, name: str) -> tuple[list[int], np.ndarray]:
     return steps, np.array(values).reshape(len(steps), -1)
 
 
-def path_of(group: Group, best: Frontier, gap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """KL, and reward or gap, while training: mean over seeds where they were measured. It begins at
-    the reference, whose gap, 0, has no place on a log scale."""
+def path_of(group: Group, best: Frontier) -> tuple[np.ndarray, np.ndarray]:
+    """KL and reward as it trained, mean over seeds where they were measured, from the reference."""
     kls, rewards = along(group, "policy/kl")[1], along(group, "policy/reward")[1]
-    if gap:
-        return kls.mean(1), (best(kls) - rewards).mean(1)
     return np.append(0.0, kls.mean(1)), np.append(best.start, rewards.mean(1))
+
+
+def setting_of(group: Group) -> float:
+    return group.x or 0.0
 
 
 def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], gap: bool) -> list:
     """Markers, paths and what is calculated; returns what `name_points` is to name."""
     named, bound, floor = [], best if gap else None, axes.get_ylim()[0]
     for method, (color, marker) in zip(methods, LOOKS):
-        own = [group for group in groups if group.method == method]
-        x, x_error, y, y_error = np.transpose(sorted(center(group, bound) for group in own))
+        own = sorted((group for group in groups if group.method == method), key=setting_of)
+        x, x_error, y, y_error = np.transpose([center(group, bound) for group in own])
         if gap:  # at the edge those that have none, on a log scale
             y = np.maximum(y, 1.03 * floor)
         size = 8.5 if marker in "PX" else 6.5
@@ -162,14 +163,14 @@ def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], 
         axes.plot(x, y, linestyle="", marker=marker, markersize=size, color=color,
                   markeredgecolor="white", markeredgewidth=0.7, zorder=5)  # fmt: skip
         usual = min(own, key=lambda group: abs(np.log(max(group.point("kl")[0], 1e-9))))
-        if len(along(usual, "policy/kl")[0]) > 1:
-            axes.plot(*path_of(usual, best, gap), color=color, linewidth=0.9, zorder=3)
+        if not gap and len(along(usual, "policy/kl")[0]) > 1:  # few samples: too noisy for a gap
+            axes.plot(*path_of(usual, best), color=color, linewidth=0.9, zorder=3)
         named.append((method, color, np.transpose([x, y])))
     for method in dict.fromkeys(group.method for group in groups if group.exact):
         color, dashes = EXACT.get(method, ("#555555", "-."))
         own = sorted(center(group, bound) for group in groups if group.method == method)
         x, _, y, _ = np.transpose(own)
-        marker = "." if method == "best of N" else ""
+        marker = "." if method == "best of N, true reward" else ""
         axes.plot(x, y, dashes, color=color, linewidth=1.1, marker=marker, zorder=2)
         line = np.interp(fine := np.linspace(x[0], x[-1], 12), x, y)  # may be named anywhere
         if gap or (best(x) - y).max() > 0.5:  # else the frontier hides it
@@ -180,9 +181,11 @@ def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], 
 def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path) -> str:
     """frontier.png: reward against KL, below it the gap to R*(KL)."""
     groups = [group for group in groups if group.panel == "main" and group.rows]
+    furthest = lambda method: max(g.point("kl")[0] for g in groups if g.method == method)
+    groups = [group for group in groups if not group.exact or furthest(group.method) > 0.5]
     drawn = [group for group in groups if group.method in methods]
-    furthest = max(group.point("kl")[0] for group in drawn)
-    right = min(1.1 * furthest, 1.2 * best.kl[-1])  # beyond it nothing is to be gained
+    most = max(group.point("kl")[0] for group in drawn)
+    right = min(1.1 * most, 1.2 * best.kl[-1])  # beyond it nothing is to be gained
     inside = [group for group in drawn if group.point("kl")[0] <= right]
     shape = {"sharex": True, "figsize": (8.3, 9), "height_ratios": (1, 1.2)}
     figure, (upper, lower) = plt.subplots(2, 1, **shape)
@@ -219,7 +222,7 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     calculated += "optimises it exactly." if any(group.exact for group in groups) else ""
     figure.supxlabel(
         f"Each marker is a method at one setting, the mean of up to {seeds} seeds ± one standard "
-        "error;\nthin lines are the way of one setting while it trained. " + calculated,
+        "error;\nthin lines are the way of one setting as it trained. " + calculated,
         fontsize=9, color="#555555", x=0.07, ha="left", multialignment="left",
     )  # fmt: skip
     if beyond:

@@ -13,6 +13,7 @@ second start goes on where the first one was stopped.
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -46,9 +47,9 @@ METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
     "IPO": ("ipo", "beta", "τ", (0.02, 0.06, 0.17, 0.4, 1)),
     "KTO": ("kto", "beta", "β", (0.3, 1, 2, 4, 8)),
     "SimPO": ("simpo --gamma=0.5", "beta", "β", (2, 5, 10, 20, 40)),
+    "Preferred-FT": ("sft", "learning_rate", "lr ", (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)),
     "RPO": ("dpo --sft_weight=1", "beta", "β", (0.05, 0.3, 1, 2, 5)),
     "DPO, mean log-probs": ("dpo_norm", "beta", "β", (2, 5, 10, 20, 40)),
-    "Preferred-FT": ("sft", "learning_rate", "lr ", (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)),
     "unlikelihood": ("unlikelihood", "alpha", "α", (0.1, 0.3, 0.6, 0.8, 0.95)),
 }
 HEADLINE = ("DPO", "IPO", "KTO", "SimPO")  # of ten seeds, the others of five
@@ -193,39 +194,42 @@ def measure(policy, reference, tokenizer, count: int, seed: int) -> dict[str, fl
     return {f"policy/{name}": value for name, value in row.items()}
 
 
+def run_stages(flags: dict, also=(), look=None):
+    """What `python train.py` does with these flags; `look` sees the model after each step."""
+    words = [*(f"--{name}={value}" for name, value in flags.items()), "--resume", *also]
+    run = train.Run(train.parse_settings(words))
+    if look:
+        run.look = partial(look, run)
+    with run.saved_if_stopped:
+        train.train(run)
+
+
 def work(entry: Entry, root: Path, samples: tuple[int, int]):
     """Make one run, and measure it four times. Raises DataError where it diverges."""
-    out = root / entry.run
+    out, start = root / entry.run, root / "reference"
     begin(out, entry)
     if entry.rloo:
         return replaced(entry, root, samples[-1])
-    reference, tokenizer = sample.load(root / "reference")
-    start = root / "reference"
+    reference, tokenizer = sample.load(start)
+    count = entry.pairs // entry.rounds
+    epochs = max(1, STEPS * BATCH // entry.rounds // count)
+    each = math.ceil(count / BATCH) * epochs // 4  # steps between two looks
+
+    def look(run, stage, step, steps, model):
+        if step == steps or (step > 0 and step % each == 0):
+            row = measure(model, reference, tokenizer, samples[step == steps], entry.seed)
+            run.record(stage, {"step": step} | row)
+
     for number in range(1, entry.rounds + 1):
         where = out if number == entry.rounds else out / f"round{number}"
-        count = entry.pairs // entry.rounds
         path = where / "pairs.jsonl"
         if not path.exists():
             rows = sampled_pairs(start, count, entry.seed) if number > 1 else pairs_of(entry)
             write_rows(path, rows[:count])
-        epochs = max(1, STEPS * BATCH // entry.rounds // count)
-        each = -(-count // BATCH) * epochs // 4  # steps between two looks
-        flags = f"""--data={path} --eval_data={root / "eval.jsonl"} --init_from={start}
-            --sft_epochs=0 --epochs={epochs} --batch_size={BATCH} --seed={entry.seed} --resume
-            --eval_every={each} --out_dir={where}"""
-        if "learning_rate" not in entry.flags:
-            flags += " --learning_rate=2e-4"
-        run = train.Run(train.parse_settings([*flags.split(), *entry.flags.split()]))
-
-        def look(run, each, stage, step, steps, model):
-            if step == steps or (step and step % each == 0):
-                count = samples[step == steps]
-                row = measure(model, reference, tokenizer, count, entry.seed)
-                run.record(stage, {"step": step} | row)
-
-        run.look = partial(look, run, each)
-        with run.saved_if_stopped:
-            train.train(run)
+        flags = {"data": path, "eval_data": root / "eval.jsonl", "init_from": start}
+        flags |= {"sft_epochs": 0, "epochs": epochs, "batch_size": BATCH, "eval_every": each}
+        flags |= {"learning_rate": 2e-4, "seed": entry.seed, "out_dir": where}
+        run_stages(flags, entry.flags.split(), look)
         start = where
 
 
@@ -247,11 +251,8 @@ def make_reference(root: Path):
     held_out = (demonstrations / "eval.jsonl").read_text(encoding="utf-8").splitlines(True)
     (root / "eval.jsonl").write_text("".join(held_out[:300]), encoding="utf-8")
     pairs, shown = demonstrations / "pairs.jsonl", demonstrations / "sft.jsonl"
-    flags = f"""--data={pairs} --sft_data={shown} --epochs=0 --batch_size=32
-        --sft_learning_rate=4e-3 --resume --out_dir={root / "reference"}"""
-    run = train.Run(train.parse_settings(flags.split()))
-    with run.saved_if_stopped:
-        train.train(run)
+    flags = {"data": pairs, "sft_data": shown, "epochs": 0, "batch_size": 32}
+    run_stages(flags | {"sft_learning_rate": 4e-3, "out_dir": root / "reference"})
 
 
 def identity(entry: Entry) -> dict:

@@ -185,7 +185,11 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
         path = directory / "exact.json"
         exact = read_json(path) if path.is_file() else {}
         for row in (row for row in exact.get("best_of_n", ()) if row["n"] > 1):
-            add(group_of("main", "best of N", f"N={row['n']}", row["n"], True), None, row)
+            add(
+                group_of("main", "best of N, true reward", f"N={row['n']}", row["n"], True),
+                None,
+                row,
+            )
         fits = exact.get("rlhf", ())
         [usual] = Counter(row["pairs"] for row in fits).most_common(1) or [(0, 0)]
         for row in fits:

@@ -140,6 +140,12 @@ def test_readme_is_true_about_flags_and_sizes():
     known |= {"seed", "demonstrations", "pairs", "tau", "temperature"}
     used = set(re.findall(r"--(\w+)", readme))
     assert used and used <= known, used - known
+    links = re.findall(r"\[`([\w.]+)`\]\((\S+)#L(\d+)\)", readme)
+    assert len(links) > 8
+    for name, path, line in links:  # of a name, to the line that it is in
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        word = rf"\b{name.split('.')[-1]}\b"
+        assert re.search(word, lines[int(line) - 1]), f"{name} is not in line {line} of {path}"
     for name, lines in re.findall(r"\| \[?`?(\w+\.py)`?\S* \| (\d+) \|", readme):
         actual = source(name.removesuffix(".py")).count("\n")
         assert abs(actual - int(lines)) <= 10, f"{name} has {actual} lines"
