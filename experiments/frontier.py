@@ -52,7 +52,7 @@ METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
     "DPO, mean log-probs": ("dpo_norm", "beta", "β", (2, 5, 10, 20, 40)),
     "unlikelihood": ("unlikelihood", "alpha", "α", (0.1, 0.3, 0.6, 0.8, 0.95)),
 }
-HEADLINE = ("DPO", "IPO", "KTO", "SimPO")  # of ten seeds, the others of five
+HEADLINE = ("DPO", "IPO")  # of ten seeds, the others of five
 FLIPPED = {  # what is done about labels that flip with a known rate
     "DPO": ("dpo", "beta", "β", (0.05, 0.3, 1, 2, 5)),
     "cDPO": ("dpo --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
