@@ -13,7 +13,8 @@ import data
 import sample
 from experiments import frontier, reviews
 
-DPO, ENTRY = "--loss=dpo --beta=1", partial(frontier.Entry, panel="main", setting="β=1", x=1)
+DPO = "--loss=dpo --beta=1"
+ENTRY = partial(frontier.Entry, panel="main", setting="β=1", x=1, pairs=64)
 
 
 def test_pairs_of_a_seed_are_paired():

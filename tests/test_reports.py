@@ -319,7 +319,7 @@ def test_each_flag_of_the_reviews_script_acts(tmp_path, monkeypatch):
     assert pairs[0] != pairs[1]
     monkeypatch.setattr(reviews, "write", lambda *given: asked.append(given))
     run_reviews(monkeypatch, "write", "somewhere")
-    assert asked[2:] == [(Path("somewhere"), 0, 60_000, 6_000, False)]
+    assert asked[2:] == [(Path("somewhere"), 0, 20_000, 6_000, False)]
     monkeypatch.setattr(reviews, "label", lambda *given: asked.append(given))
     run_reviews(monkeypatch, "label", "candidates.jsonl", "pairs.jsonl")
     assert asked[3:] == [("candidates.jsonl", "pairs.jsonl")]
@@ -460,7 +460,7 @@ def test_at_most_two_thousand_held_out_labels(two_checkpoints, monkeypatch):
     empty = lambda m, dataset: sizes.append(len(dataset)) or np.zeros(dataset.responses())
     monkeypatch.setattr(reviews, "response_logps", empty)
     found = reviews.measure(*two_checkpoints, 2100)
-    assert sizes == [2100, 2100, 2000, 2000, 2000]
+    assert sizes == [2000, 2000, 2000]
     assert not found["SFT"]["accepted"].any() and found["accuracy"] == 0
 
 
@@ -526,13 +526,13 @@ def test_the_experiment_trains_on_its_files_and_reports(tmp_path, monkeypatch, c
     out, usual = tmp_path / "run", train.Settings()
     found = run("--data=reviews")
     s = found["settings"]
-    assert (s.beta, s.batch_size, s.learning_rate, s.sft_learning_rate) == (1, 32, 2e-4, 4e-3)
+    assert (s.beta, s.batch_size, s.learning_rate, s.sft_learning_rate) == (1, 32, 2e-4, 5e-3)
     files = [str(out / f"{name}.jsonl") for name in ("pairs", "eval", "sft")]
     assert [s.data, s.eval_data, s.sft_data] == files
     names = ("data", "eval_data", "sft_data", "out_dir", "beta", "batch_size", "learning_rate")
     names += ("sft_learning_rate", "options")
     assert s == replace(usual, **{name: getattr(s, name) for name in names})
-    assert found["write"] == [out, 0, 60_000, 6_000]
+    assert found["write"] == [out, 0, 20_000, 6_000]
     assert found["report"] == [out, out / "sft"]
     found = run("--beta=0.3", "--seed=4", "--batch_size=8", "--learning_rate=1e-5")
     s = found["settings"]

@@ -1281,7 +1281,7 @@ def experiment(monkeypatch, tmp_path) -> Callable:
     return run
 
 
-PRESETS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 4e-3}
+PRESETS = {"beta": 1.0, "batch_size": 32, "learning_rate": 2e-4, "sft_learning_rate": 5e-3}
 DEFAULTS = {name: getattr(train.Settings, name) for name in PRESETS}
 
 
@@ -1313,7 +1313,7 @@ def test_the_experiment_sets_what_the_command_line_does_not(flags, expected, exp
     default = dataclasses.asdict(train.Settings()) | {"options": {"label_smoothing": 0.0}}
     assert dataclasses.asdict(seen.settings) == default | {"out_dir": str(out)} | files | expected
     s = seen.settings
-    assert seen.written == [(out, s.seed, 60_000 if s.sft_epochs else 1, 6_000)]
+    assert seen.written == [(out, s.seed, 20_000 if s.sft_epochs else 1, 6_000)]
     reference = out / "sft" if s.sft_epochs else s.init_from
     assert seen.reported == ([(out, reference)] if s.epochs else [])
 

