@@ -1,16 +1,17 @@
 """Reward against KL for every method, under the exact optimum: one command makes all the runs.
 
-    python experiments/frontier.py                  # about two hours on two cores; --quick: minutes
+    python experiments/frontier.py                  # an hour or more on two cores; --quick: minutes
     python experiments/report.py out/frontier       # the figures and tables, at any time
 
-All runs are train.py's own loop, on the built-in experiment (experiments/reviews.py), from one SFT
-model. A seed is a set of pairs, their labels and their order: the same for every method and
-setting, so that differences are paired. While a run goes on, and at its end, samples of held-out
-prompts tell its true reward and its KL from the SFT model. Every run has a directory of its own; a
-second start goes on where the first one was stopped.
+All runs are train.py's own loop, but for RLOO's (experiments/rlhf.py), on the built-in experiment
+(experiments/reviews.py), from one SFT model. A seed is a set of pairs, their labels and their
+order: the same for every method and setting, so that differences are paired. While a run goes on,
+and at its end, samples of held-out prompts tell its true reward and its KL from the SFT model.
+Every run has a directory of its own; a second start goes on where the first one was stopped.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ import data
 import sample
 import train
 from experiments import exact, reviews, rlhf
-from extra.guard import hold
+from extra.guard import hold, sha256
 from extra.reward import measure_kl
 from model import CheckpointError, write_whole
 
@@ -145,9 +146,7 @@ def fewer_pairs(size: int, seeds) -> list[Entry]:
 
 def write_rows(path: Path, rows: list[dict]):
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}")  # two runs may write the same pairs
-    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    new.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def examples_of(entry: Entry) -> list[data.Example]:
@@ -167,18 +166,21 @@ def pairs_of(entry: Entry) -> list[dict]:
     return [dict(zip(names, (e.prompt, *e.responses))) for e in examples_of(entry)]
 
 
-def sampled_pairs(checkpoint: Path, count: int, seed: int) -> list[dict]:
-    """Pairs of the policy's own samples, labelled as all others are."""
-    grammar, rng = reviews.Reviews(seed), np.random.default_rng([seed, 4])
+def sampled_pairs(checkpoint: Path, count: int, seed: int, number: int) -> list[dict]:
+    """Pairs of the policy's own samples for round `number`, labelled as all others are. Raises
+    DataError if too few of them are pairs."""
+    grammar, rng = reviews.Reviews(seed), np.random.default_rng([seed, 4, number])
     model, tokenizer = sample.load(checkpoint)
     prompts = np.repeat(rng.choice(grammar.prompts["train"], 2 * count), 2).tolist()
-    trees = sample.draw(model, tokenizer, prompts, max_new_tokens=64, seed=seed)
+    trees = sample.draw(model, tokenizer, prompts, max_new_tokens=64, seed=1000 * number + seed)
     texts = [tokenizer.decode(ids, continuation=True) for _, ids in trees]
     rows = []
     for prompt, a, b in zip(prompts[::2], texts[::2], texts[1::2]):
         if a != b and len(rows) < count:
             better, worse = reviews.prefer(grammar, prompt, a, b, rng)
             rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
+    if len(rows) < count:
+        raise data.DataError(f"{checkpoint}: of its samples only {len(rows)} pairs differ")
     return rows
 
 
@@ -211,26 +213,28 @@ def run_stages(flags: dict, also=(), look=None):
 
 
 def work(entry: Entry, root: Path, samples: tuple[int, int]):
-    """Make one run, and measure it four times. Raises DataError where it diverges."""
+    """Make one run, and measure it on its way. Raises DataError where it diverges."""
     out, start = root / entry.run, root / "reference"
-    begin(out, entry)
+    begin(out, identity(entry, root, samples))
     if entry.rloo:
         return replaced(entry, root, samples[-1])
     reference, tokenizer = sample.load(start)
     count = entry.pairs // entry.rounds
     epochs = max(1, STEPS * BATCH // entry.rounds // count)
-    each = math.ceil(count / BATCH) * epochs // 4  # steps between two looks
+    each = math.ceil(math.ceil(count / BATCH) * epochs / 4)  # steps between two looks
 
     def look(run, stage, step, steps, model):
         if step == steps or (step > 0 and step % each == 0):
-            row = measure(model, reference, tokenizer, samples[step == steps], entry.seed)
+            number = samples[1] if step == steps else samples[0]
+            row = measure(model, reference, tokenizer, number, entry.seed)
             run.record(stage, {"step": step} | row)
 
     for number in range(1, entry.rounds + 1):
         where = out if number == entry.rounds else out / f"round{number}"
         path = where / "pairs.jsonl"
         if not path.exists():
-            rows = sampled_pairs(start, count, entry.seed) if number > 1 else pairs_of(entry)
+            first = number == 1
+            rows = pairs_of(entry) if first else sampled_pairs(start, count, entry.seed, number)
             write_rows(path, rows[:count])
         flags = {"data": path, "eval_data": root / "eval.jsonl", "init_from": start}
         flags |= {"sft_epochs": 0, "epochs": epochs, "batch_size": BATCH, "eval_every": each}
@@ -261,29 +265,32 @@ def make_reference(root: Path):
     run_stages(flags | {"sft_learning_rate": 4e-3, "out_dir": root / "reference"})
 
 
-def identity(entry: Entry) -> dict:
-    """What makes it the run that it is; the other fields say where it is shown."""
-    return entry._replace(panel="", method="", setting="", x=0.0)._asdict()
+def identity(entry: Entry, root: Path, samples: tuple[int, int]) -> dict:
+    """What makes it the run that it is; the other fields of an entry say where it is shown."""
+    about = {"steps": STEPS, "batch": BATCH, "samples": list(samples)}
+    about["reference"] = sha256(root / "reference" / "model.safetensors")
+    own = entry._replace(panel="", method="", setting="", x=entry.x if entry.rloo else 0.0)
+    return own._asdict() | about
 
 
-def is_of(out: Path, entry: Entry) -> bool:
+def is_of(out: Path, wanted: dict) -> bool:
     about = out / "entry.json"
-    return about.is_file() and json.loads(about.read_text(encoding="utf-8")) == identity(entry)
+    return about.is_file() and json.loads(about.read_text(encoding="utf-8")) == wanted
 
 
-def ended(out: Path, entry: Entry) -> bool:
-    return is_of(out, entry) and any((out / name).exists() for name in ("done", "failed"))
+def ended(out: Path) -> bool:
+    return any((out / name).exists() for name in ("done", "failed"))
 
 
-def begin(out: Path, entry: Entry):
-    """Go on in the run's directory, or empty it, if it is another entry's."""
-    if not is_of(out, entry):
+def begin(out: Path, wanted: dict):
+    """Go on in the run's directory, or empty it, if what is there is another one."""
+    if not is_of(out, wanted):
         for path in out.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != "log":
                 path.unlink()
-        write_whole(out / "entry.json", json.dumps(identity(entry)).encode())
+        write_whole(out / "entry.json", json.dumps(wanted).encode())
 
 
 def write_exact(path: Path, entries: list[Entry]):
@@ -318,7 +325,9 @@ def job(task, out: Path, threads: int):
         os.dup2(log.fileno(), stream)
     try:
         task()
-    except (data.DataError, CheckpointError) as error:  # it diverged
+    except data.DataError as error:
+        if "diverged" not in str(error) and "not finite" not in str(error):
+            raise
         (out / "failed").write_text(f"{error}\n", encoding="utf-8")
         return
     (out / "done").touch()
@@ -330,7 +339,8 @@ def job(task, out: Path, threads: int):
 def summary(out: Path) -> str:
     if (out / "failed").exists():
         return (out / "failed").read_text(encoding="utf-8").strip()
-    row = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    metrics = out / "metrics.jsonl"
+    row = json.loads(metrics.read_text("utf-8").splitlines()[-1]) if metrics.exists() else {}
     shown = ("eval/loss", "train/loss", "policy/reward", "policy/kl")
     return ", ".join(f"{name} {row[name]:.3f}" for name in shown if name in row)
 
@@ -365,19 +375,22 @@ def run_all(tasks: dict, root: Path, workers: int):
 
 def sweep(root: Path, entries: list[Entry], workers: int, samples: tuple[int, int]):
     """All runs that have not ended, and what is exact; sweep.json says what there is."""
-    path, about = root / "sweep.json", {"torch": torch.__version__, "seconds": 0.0}
-    if path.is_file():
-        about = json.loads(path.read_text(encoding="utf-8"))["about"]
+    path, about, before = root / "sweep.json", {"torch": torch.__version__}, 0.0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of a start before
+        before = float(json.loads(path.read_text(encoding="utf-8"))["about"]["seconds"])
+    about["seconds"] = before
     listed, began = [e._asdict() for e in entries], time.monotonic()
-    before = about["seconds"]
     try:
         write_whole(path, json.dumps({"about": about, "runs": listed}, indent=1).encode())
         if not (root / "reference" / "done").exists():
             run_all({"reference": partial(make_reference, root)}, root, 1)
-        write_exact(root / "exact.json", entries)
+            if (root / "reference" / "failed").exists():
+                raise data.DataError(f"the SFT model: {summary(root / 'reference')}")
+        run_all({"exact": partial(write_exact, root / "exact.json", entries)}, root, 1)
         tasks = {}
         for entry in entries:
-            if not ended(root / entry.run, entry):
+            out = root / entry.run
+            if not (ended(out) and is_of(out, identity(entry, root, samples))):
                 tasks[entry.run] = partial(work, entry, root, samples)
         run_all(tasks, root, workers)
     finally:
@@ -390,21 +403,24 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out_dir", type=Path, default=Path("out/frontier"), help="(default out/frontier)")
+    add("--out_dir", type=Path, help="(default out/frontier, or out/frontier-quick)")
     add("--quick", action="store_true", help="fewer settings and seeds, one panel")
     add("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: cores)")
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    root = args.out_dir or Path("out/frontier-quick" if args.quick else "out/frontier")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        lock = hold(args.out_dir)  # noqa: F841, until this process ends
-        sweep(args.out_dir, plan(args.quick), args.workers, SAMPLES)
+        lock = hold(root)  # noqa: F841, until this process ends
+        sweep(root, plan(args.quick), args.workers, SAMPLES)
     except KeyboardInterrupt:
         print("frontier.py: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    except (data.DataError, OSError) as error:
+    except (data.DataError, CheckpointError, OSError) as error:
         print(f"frontier.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"python experiments/report.py {args.out_dir} draws it")
+    print(f"python experiments/report.py {root} draws it")
 
 
 if __name__ == "__main__":
