@@ -184,6 +184,8 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     furthest = lambda method: max(g.point("kl")[0] for g in groups if g.method == method)
     groups = [group for group in groups if not group.exact or furthest(group.method) > 0.5]
     drawn = [group for group in groups if group.method in methods]
+    if not drawn:
+        return "no figure, as none of its runs is at its end"
     most = max(group.point("kl")[0] for group in drawn)
     right = min(1.1 * most, 1.2 * best.kl[-1])  # beyond it nothing is to be gained
     inside = [group for group in drawn if group.point("kl")[0] <= right]
@@ -195,7 +197,7 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     upper.xaxis.set_major_formatter("{x:g}")
     kls = np.linspace(0, right**0.5, 100) ** 2
     top = 1.03 * best(right)
-    upper.set_ylim(min(0, *(group.point("reward")[0] for group in inside)), top)
+    upper.set_ylim(min([0, *(group.point("reward")[0] for group in inside)]), top)
     upper.fill_between(kls, best(kls), top, color="#e9e9e9", linewidth=0)
     upper.plot(kls, best(kls), color="black", linewidth=2.2)
     write(upper, 0.22 * right, 0.87 * top, "no policy can be here", "#777777", style="italic")
@@ -218,8 +220,10 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     lower.set_xlabel("KL(π‖π_ref), nats (square-root scale)")
     seeds = max(len(group.rows) for group in drawn)
     beyond = len(drawn) - len(inside)
-    calculated = "Grey and black is calculated: perfect RLHF fits\na reward to the same pairs, and "
-    calculated += "optimises it exactly." if any(group.exact for group in groups) else ""
+    calculated = ""
+    if any(group.exact for group in groups):
+        calculated = "Grey and black is calculated: perfect RLHF fits\na reward to the same pairs, "
+        calculated += "and optimises it exactly."
     figure.supxlabel(
         f"Each marker is a method at one setting, the mean of up to {seeds} seeds ± one standard "
         "error;\nthin lines are the way of one setting as it trained. " + calculated,

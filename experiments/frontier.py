@@ -190,10 +190,7 @@ def measure(policy, reference, tokenizer, count: int, seed: int) -> dict[str, fl
     grammar = reviews.Reviews()
     prompts = np.random.default_rng(seed).choice(grammar.prompts["eval"], count).tolist()
     trees = sample.draw(policy, tokenizer, prompts, max_new_tokens=64, seed=seed)
-    rewards = []
-    for prompt, (_, ids) in zip(prompts, trees):
-        text = tokenizer.decode(ids, continuation=True)
-        rewards.append(grammar.score(prompt, text)[1] if ids[-1] == tokenizer.eos_id else np.nan)
+    rewards = reviews.rewards_of(grammar, prompts, trees, tokenizer)
     kl, accepted = measure_kl(policy, reference, trees), np.isfinite(rewards)
     rewards = np.where(accepted, rewards, 0.0)
     row = {"samples": count, "accepted": float(accepted.mean())}

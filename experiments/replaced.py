@@ -4,10 +4,10 @@
 
 A row for each method: its true reward and KL(π‖π_ref) on held-out prompts with their standard
 errors, which share that is of R*(KL), how many responses are reviews that end (others count as
-reward 0), and the learned reward that it thinks it has. Then what it took: CPU seconds (of DPO the
-seconds of its steps by its log, of all cores it had, without the one pass of the reference),
-samples drawn (of best of N for these answers: it has no training, and so no end), models in
-memory, and beyond what SFT has already lines of code and knobs.
+reward 0), and the learned reward that it thinks it has. Then what it took: seconds (of DPO those of
+its steps by its log, without the one pass of the reference), samples drawn (of best of N for these
+answers: it has no training, and so no end), models in memory, and beyond what SFT has already lines
+of code and knobs.
 """
 
 import argparse
@@ -53,10 +53,10 @@ def compare(run: Path, betas: list[float], steps: int, count: int, seed: int) ->
     settings = data.read_row(str(run / "run.json"), (run / "run.json").read_bytes())["settings"]
     if Path(settings["data"]).name != "pairs.jsonl":
         raise data.DataError(f"{run}: this run was trained on {settings['data']}, not on reviews")
-    if count < 2 or steps < 0 or not all(0 <= beta < math.inf for beta in betas):
-        raise data.DataError("--count must be at least 2, --steps and --beta at least 0")
+    if count < 2 or min(steps, seed) < 0 or not all(0 <= beta < math.inf for beta in betas):
+        raise data.DataError("--count must be at least 2, --steps, --seed and --beta at least 0")
     log = [row for _, row in data.read_jsonl(str(run / "metrics.jsonl")) if row["stage"] == "dpo"]
-    rate = np.mean([row["pairs_per_second"] for row in log if "pairs_per_second" in row])
+    rates = {row["step"]: row["pairs_per_second"] for row in log if "pairs_per_second" in row}
     prompts = np.random.default_rng(0).choice(rlhf.GRAMMAR.prompts["eval"], count).tolist()
     (policy, tokenizer), (reference, _) = sample.load(run), sample.load(run / "sft")
     rows, show = [], lambda cells: print("|", " | ".join(map(str, cells)), "|", flush=True)
@@ -81,7 +81,7 @@ def compare(run: Path, betas: list[float], steps: int, count: int, seed: int) ->
             show("---" for _ in rows[0])
         show(rows[-1].values())
 
-    clock = time.process_time
+    clock = time.perf_counter
     began = clock()
     reward_model = rlhf.train_reward_model(run / "sft", run / "pairs.jsonl", seed=seed)
     learning, began = clock() - began, clock()
@@ -89,7 +89,8 @@ def compare(run: Path, betas: list[float], steps: int, count: int, seed: int) ->
     drawn = sample.draw(reference, tokenizer, asked, 64)
     rewards, drawing = rlhf.rewards_of(asked, drawn, tokenizer, reward_model), clock() - began
     add("SFT", "", drawn[::16], np.zeros(count), 0, 0.0)
-    seconds = log[-1]["step"] * settings["batch_size"] / rate  # of the run, by its own log
+    pairs = settings["batch_size"] * np.diff([0, *rates])  # of the run, by its own log
+    seconds = sum(pairs / list(rates.values()))
     trees = sample.draw(policy, tokenizer, prompts, 64)
     kl = measure_kl(policy, reference, trees)
     add("DPO", f"beta={settings['beta']:g}", trees, kl, 0, seconds)

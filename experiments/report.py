@@ -22,7 +22,8 @@ How the numbers of the experiment are made:
   are widened by √(n/(n−1))·t/z (after Hesterberg, arXiv:1411.5279), which makes it 95 %.
 - Methods end at different KL, where gaps are not comparable. So each run is compared with the gap
   that DPO of the *same seed* has *at its KL*, by linear interpolation between DPO's settings. The
-  gap is interpolated, not the reward: what is curved in R* is known and cancels. The interval is
+  gap is interpolated, not the reward: what is curved in R* is known and cancels. (DPO's own gap is
+  convex in KL, so that between its few settings it is taken as a little too large.) The interval is
   over these differences. Where a seed's KL is outside of that seed's DPO runs, it would be an
   extrapolation: the table says "outside", no number. Seeds without DPO do not count.
 """
@@ -53,8 +54,6 @@ from experiments.runs import (
 MODERATE = 0.5, 2.0  # nats
 DRAWN = 7  # methods of the figure
 SMALL = "pairs", "flips", "labels", "rounds", "displacement"  # panels of the second figure
-SWEPT = "SFT", "DPO"  # what rlhf.json compares with is in the sweep itself
-LEARNED = {"best of N": "best of N, learned reward", "RLOO": "RLOO, learned reward"}
 PANELS = {  # title; how x is said, where it is not the setting
     "main": ("Methods", ""),
     "flips main": ("Methods, 20 % of the labels flipped", ""),
@@ -144,11 +143,11 @@ def beside(group: Group, others: list[Group], best: Frontier) -> np.ndarray:
 
 
 def read_run(directory: Path) -> dict[int, dict]:
-    """What was recorded at each step of the DPO stage, in one row; {} of a run that has not come to
-    its end, which the file `done` tells."""
+    """What was recorded at each step of the last stage, in one row; {} of a run that is not at its
+    end, which the file `done` tells."""
     steps = {}
     for row in read_rows(directory / "metrics.jsonl") if (directory / "done").exists() else ():
-        if row.get("stage") == "dpo":
+        if row.get("stage") in ("dpo", "rloo"):
             steps.setdefault(row["step"], {}).update(row)
     return steps
 
@@ -177,19 +176,11 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
                 group.rows[run["seed"]] = rows
             else:
                 missing.add(run["run"])
-        path = directory / "rlhf.json"
-        for row in read_json(path) if path.is_file() else ():
-            if row["method"] not in SWEPT:
-                method = LEARNED.get(row["method"], row["method"])
-                add(group_of("main", method, row["setting"]), row["seed"], row)
         path = directory / "exact.json"
         exact = read_json(path) if path.is_file() else {}
         for row in (row for row in exact.get("best_of_n", ()) if row["n"] > 1):
-            add(
-                group_of("main", "best of N, true reward", f"N={row['n']}", row["n"], True),
-                None,
-                row,
-            )
+            n = row["n"]
+            add(group_of("main", "best of N, true reward", f"N={n}", n, True), None, row)
         fits = exact.get("rlhf", ())
         [usual] = Counter(row["pairs"] for row in fits).most_common(1) or [(0, 0)]
         for row in fits:
@@ -208,7 +199,7 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
         if 1.2 * furthest > max(curve["kl"]):
             curve = grammars_frontier()
         best = Frontier(curve["kl"], curve["reward"], exact.get("start", min(curve["reward"])))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"{path}: not as experiments/frontier.py writes it: {error!r}") from error
     return [group for group in groups.values() if group.rows or group.failed], best, missing
 

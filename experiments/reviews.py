@@ -180,6 +180,14 @@ class Reviews:
         return examples
 
 
+def rewards_of(grammar: Reviews, prompts: list[str], trees: list, tokenizer) -> np.ndarray:
+    """True reward of each sampled [prompt, response], (N,); nan of one that has no end or is no
+    review of the grammar's."""
+    texts = [tokenizer.decode(response, continuation=True) for _, response in trees]
+    ended = [response[-1] == tokenizer.eos_id for _, response in trees]
+    return np.where(ended, [grammar.score(x, y)[1] for x, y in zip(prompts, texts)], np.nan)
+
+
 def measure(checkpoint: str, other: str, count: int) -> dict:
     """A policy trained on the reviews, against its reference and the optimum: arrays over `count`
     samples of the evaluation prompts, and figures made of them."""
@@ -191,9 +199,9 @@ def measure(checkpoint: str, other: str, count: int) -> dict:
     for name, model in (("SFT", reference), ("DPO", policy)):
         trees = draw(model, tokenizer, prompts, max_new_tokens=64)
         texts = [tokenizer.decode(response, continuation=True) for _, response in trees]
-        ended = np.array([response[-1] == tokenizer.eos_id for _, response in trees])
-        logps, rewards = np.transpose([grammar.score(x, y) for x, y in zip(prompts, texts)])
-        accepted = np.isfinite(rewards) & ended
+        logps = np.array([grammar.score(x, y)[0] for x, y in zip(prompts, texts)])
+        rewards = rewards_of(grammar, prompts, trees, tokenizer)
+        accepted = np.isfinite(rewards)
         rewards = np.where(accepted, rewards, 0.0)
         found[name] = {"trees": trees, "texts": texts, "grammar": logps}
         found[name] |= {"rewards": rewards, "accepted": accepted}

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import dpo
 import sample
-from experiments.reviews import Reviews
+from experiments import reviews
 
-GRAMMAR = Reviews()
+GRAMMAR = reviews.Reviews()
 WORST = -9.0  # reward of a response without an end, or that the grammar cannot write
 
 
@@ -77,16 +77,14 @@ def train_reward_model(sft, pairs, learning_rate=2e-3, batch_size=32, epochs=1, 
 @torch.no_grad()
 def rewards_of(prompts: list[str], trees: list, tokenizer, reward_model=None) -> np.ndarray:
     """The rewards of sampled [prompt, response] ids, (N,): of a reward model, or the true ones."""
-    if reward_model:
-        parts = (data.to_dataset(trees[i : i + 256]) for i in range(0, len(trees), 256))
-        batches = (data.collate(part, np.arange(len(part))) for part in parts)
-        device = reward_model.lm_head.weight.device
-        found = torch.cat([read_rewards(reward_model, b.to(device)).cpu() for b in batches]).numpy()
-    else:
-        texts = [tokenizer.decode(response, continuation=True) for _, response in trees]
-        found = np.array([GRAMMAR.score(x, y)[1] for x, y in zip(prompts, texts)])
+    if reward_model is None:
+        return np.nan_to_num(reviews.rewards_of(GRAMMAR, prompts, trees, tokenizer), nan=WORST)
+    parts = (data.to_dataset(trees[i : i + 256]) for i in range(0, len(trees), 256))
+    batches = (data.collate(part, np.arange(len(part))) for part in parts)
+    device = reward_model.lm_head.weight.device
+    found = torch.cat([read_rewards(reward_model, b.to(device)).cpu() for b in batches]).numpy()
     ended = np.array([response[-1] == tokenizer.eos_id for _, response in trees])
-    return np.where(ended, np.nan_to_num(found, nan=WORST), WORST)
+    return np.where(ended, found, WORST)
 
 
 def best_of_n(trees: list, rewards: np.ndarray, drawn: int, n: int) -> list:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 DRAWN = 14  # runs of the figure
-NO_SETTINGS = """out_dir resume log_every eval_every save_every save_adapter wandb seed
+NO_SETTINGS = """out_dir resume log_every eval_every sample_every save_every save_adapter wandb seed
     micro_batch_tokens activation_checkpointing compile""".split()  # do not make another setting
 # t of 97.5 % for 2, 3, … values, which have one degree of freedom less
 STUDENT = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26), 2))
@@ -37,8 +37,8 @@ def read_rows(path: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("it is no row of metrics")
             rows.append(row)
         except ValueError as error:
             if number < len(lines):

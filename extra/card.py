@@ -132,7 +132,7 @@ def last_metrics(path: Path) -> list[str]:
         steps[row["stage"]] = row["step"]
         for name, value in row.items():
             kind, _, metric = name.partition("/")
-            if metric:
+            if kind in ("train", "eval"):
                 found = last.setdefault(row["stage"], {}).setdefault(metric, {})
                 found[kind] = f"{value:.6g}"
     for stage, metrics in last.items():

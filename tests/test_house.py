@@ -167,7 +167,9 @@ def test_uv_and_pip_install_the_same():
 
 def test_the_list_of_mistakes_fits_the_code():
     """Each patch of tests/mutations.py fits once, and the tests that it names are there."""
-    assert len(mutations.MUTATIONS) == len(set(mutations.MUTATIONS)) > 80
+    count = len(mutations.MUTATIONS)
+    assert count == len(set(mutations.MUTATIONS)) > 80
+    assert f"({count} of them)" in (ROOT / "README.md").read_text(encoding="utf-8")
     for mutation in mutations.MUTATIONS:
         mutation.applied()
         for name in mutation.tests.split():

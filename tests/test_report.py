@@ -125,22 +125,16 @@ def make_sweep(directory: Path, grammar, seeds: int) -> Path:
         for seed in range(seeds):
             for x, kl in ((0.5, 3.5), (1.0, 1.3), (2.0, 0.33)):
                 best = np.interp(kl, exact["frontier"]["kl"], exact["frontier"]["reward"])
-                row = {
-                    "method": method,
-                    "setting": f"β={x:g}",
-                    "seed": seed,
-                    "kl": kl,
-                    "kl_error": 0.01,
-                }
-                row |= {
-                    "reward": best - (0.25, 0.05)[n] * kl**0.8 - 0.01 * seed,
-                    "reward_error": 0.015,
-                }
-                exact.setdefault("rloo", []).append(row)
-    exact["rloo"] += [
-        row | {"method": "DPO", "kl": 1.0, "reward": 9.0} for row in exact["rloo"][:1]
-    ]
-    (directory / "rlhf.json").write_text(json.dumps(exact.pop("rloo")))
+                reward = best - (0.25, 0.05)[n] * kl**0.8 - 0.01 * seed
+                row = {"kl": kl, "kl_error": 0.01, "reward": reward, "reward_error": 0.015}
+                row = {f"policy/{name}": value for name, value in row.items()}
+                run = f"main/rloo-{n}-{x:g}/{seed}"
+                (directory / run).mkdir(parents=True)
+                rows = [{"stage": "rloo", "step": 200} | row]
+                write_jsonl(directory / run / "metrics.jsonl", rows)
+                (directory / run / "done").touch()
+                about = {"panel": "main", "method": method, "setting": f"β={x:g}", "x": x}
+                runs.append({"run": run, **about, "seed": seed})
     (directory / "exact.json").write_text(json.dumps(exact))
     (directory / "sweep.json").write_text(json.dumps({"about": {"torch": "2.13"}, "runs": runs}))
     return directory
