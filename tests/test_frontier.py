@@ -89,7 +89,7 @@ def test_what_is_measured(small, tmp_path):
     assert row["policy/reward"] == pytest.approx(rewards.mean(), abs=1e-9)
     assert row["policy/reward_error"] == pytest.approx(rewards.std(ddof=1) / 40**0.5)
     assert row["policy/kl"] > 0.1
-    [first] = frontier.sampled_pairs(tmp_path / "reference", 1, seed=5)
+    [first] = frontier.sampled_pairs(tmp_path / "reference", 1, seed=5, number=2)
     assert first["prompt"] in reviews.Reviews().prompts["train"]
     assert first["chosen"] != first["rejected"]
 

@@ -236,6 +236,6 @@ def test_what_is_no_run_is_one_sentence(run, tmp_path):
     (other / "run.json").write_text(json.dumps({"settings": {"data": "my.jsonl"}}))
     trained = say(f"{other}: this run was trained on my.jsonl, not on reviews")
     run_here("experiments/replaced.py", other, expect=trained)
-    limits = say("--count must be at least 2, --steps and --beta at least 0")
+    limits = say("--count must be at least 2, --steps, --seed and --beta at least 0")
     for flag in ("--count=1", "--steps=-1", "--beta=-1", "--beta=nan"):
         run_here("experiments/replaced.py", run, flag, expect=limits)
