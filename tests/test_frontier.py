@@ -42,7 +42,7 @@ def test_pairs_of_a_seed_are_paired():
 
 
 def test_the_plan():
-    """Eight methods, ten seeds for two of them, as many settings for each; a
+    """Eight methods, ten seeds for one of them, as many settings for each; a
     run that stands in several panels is one run; its flags are ones that train.py takes."""
     entries = frontier.plan(quick=False)
     main = [e for e in entries if e.panel == "main"]
