@@ -130,11 +130,11 @@ def plan(quick: bool) -> list[Entry]:
     right = entries_of("labels", {"DPO": METHODS["DPO"]}, few, middle, right=True)
     found += [e._replace(method="always right") for e in right]
 
+    found += entries_of("main", {name: METHODS[name] for name in HEADLINE}, range(5, 10))
     for rate in (0.1, 0.3):
         some = entries_of("flips", FLIPPED, range(3), slice(2, 3), flips=rate)
         found += [e._replace(x=rate) for e in some]
     found += fewer_pairs(SIZES[-1], range(2))  # they take five times as long
-    found += entries_of("main", {name: METHODS[name] for name in HEADLINE}, range(5, 10))
     return found
 
 
