@@ -187,9 +187,9 @@ def test_several_ranks_equal_one(ranks, flags, files, tmp_path):
     for a, b in zip(one, many):
         for name in a.keys() - {"train/rewards/ties", "eval/rewards/ties"}:  # exact zeros
             value = a[name]
-            if name.endswith("accuracies") and abs(a[name.replace("accuracies", "margins")]) < 1e-5:
-                continue  # signs of what is zero up to rounding
-            close = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=2e-4)
+            # In the first step the sign of a margin is that of its rounding.
+            least = 0.1 if name.endswith("accuracies") else 2e-4
+            close = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=least)
             assert b[name] == close, name
     for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "many").values()):
         torch.testing.assert_close(
