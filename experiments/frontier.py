@@ -53,7 +53,7 @@ METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
     "DPO, mean log-probs": ("dpo_norm", "beta", "β", (2, 5, 10, 20, 40)),
     "unlikelihood": ("unlikelihood", "alpha", "α", (0.1, 0.3, 0.6, 0.8, 0.95)),
 }
-HEADLINE = ("DPO",)  # of ten seeds, the others of five
+HEADLINE = ("DPO", "IPO", "KTO", "SimPO")  # of ten seeds, the others of five
 FLIPPED = {  # what is done about labels that flip with a known rate
     "DPO": ("dpo", "beta", "β", (0.05, 0.3, 1, 2, 5)),
     "cDPO": ("dpo --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
@@ -103,7 +103,7 @@ def plan(quick: bool) -> list[Entry]:
         again = entries_of("main", {"DPO": METHODS["DPO"]}, range(1, 3), middle)
         return entries_of("main", METHODS, range(1), middle) + again
     found = entries_of("main", METHODS, few)
-    for reward, beta, seed in itertools.product(("true", "learned"), (0.3, 1), range(2)):
+    for reward, beta, seed in itertools.product(("true", "learned"), (0.3, 1), few):
         where, method = f"main/rloo-{reward}-{beta}/{seed}", f"RLOO, {reward} reward"
         found.append(Entry(where, "main", method, f"β={beta}", beta, seed, rloo=reward))
     dpo = [e for e in found if e.method == "DPO"]
@@ -132,9 +132,9 @@ def plan(quick: bool) -> list[Entry]:
 
     found += entries_of("main", {name: METHODS[name] for name in HEADLINE}, range(5, 10))
     for rate in (0.1, 0.3):
-        some = entries_of("flips", FLIPPED, range(3), slice(2, 3), flips=rate)
+        some = entries_of("flips", FLIPPED, few, slice(2, 3), flips=rate)
         found += [e._replace(x=rate) for e in some]
-    found += fewer_pairs(SIZES[-1], range(2))  # they take five times as long
+    found += fewer_pairs(SIZES[-1], few)  # they take five times as long
     return found
 
 

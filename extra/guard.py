@@ -27,6 +27,7 @@ from extra.reading import parse_json, read_bytes, size_of
 from model import CheckpointError, write_whole
 
 HELD = WeakValueDictionary()  # the locks of this process, by the paths of the directories
+STATUS = Path("/proc/self/status")  # of Linux
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MISTAKES = (DataError, CheckpointError, OSError, ImportError)
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -240,9 +241,18 @@ def say_if_unmoved(metrics: Path):
 
 def peak_memory() -> dict[str, float]:
     """The most so far, in GiB, of the GPU; without CUDA what this process had in RAM."""
+    return {"peak_memory_gib": (torch.cuda.max_memory_allocated() or most_resident()) / 2**30}
+
+
+def most_resident() -> int:
+    """The most RAM that this process had so far, in bytes. Linux's getrusage would count what the
+    process that started this one had, too."""
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 2**10
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes; elsewhere KiB
-    resident = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_memory_gib": (torch.cuda.max_memory_allocated() or resident) / 2**30}
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def one_line(what, most: int = 200) -> str:

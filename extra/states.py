@@ -67,8 +67,8 @@ def finish(out: Path, point: dict, before: str | None):
     new = out / "resume" / "new"
     (new / "point.json").write_text(json.dumps(point), encoding="utf-8")
     rows = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    if rows and is_evaluation(json.loads(rows[-1]), point):
-        rows.pop()  # who goes on from here evaluates this step again
+    while rows and is_look(json.loads(rows[-1]), point):
+        rows.pop()  # who goes on from here looks at this step again
     (new / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
     files = sorted(new.iterdir())
     manifest = {file.name: [file.stat().st_size, sha256(file)] for file in files}
@@ -95,10 +95,11 @@ def remove(path: Path):
         path.unlink(missing_ok=True)
 
 
-def is_evaluation(row: dict, point: dict) -> bool:
-    """Whether a row of metrics is the evaluation of the very step that is saved."""
+def is_look(row: dict, point: dict) -> bool:
+    """Whether a row of metrics is of the very step that is saved, and not of its training: it is
+    the evaluation, or what `run.look` recorded."""
     same = (row["stage"], row["step"]) == (point["stage"], point["step"])
-    return same and "eval/loss" in row
+    return same and "train/learning_rate" not in row
 
 
 def sync(path: Path):

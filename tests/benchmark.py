@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,6 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import data  # noqa: E402
 import dpo  # noqa: E402
+from extra.guard import most_resident  # noqa: E402
 from model import ModelConfig, Transformer, rotary, rotate, save_pretrained  # noqa: E402
 from sample import generate  # noqa: E402
 
@@ -323,7 +323,7 @@ class Tracker(TorchDispatchMode):
 
 def measure(which: str, prompt: int, vocab: int):
     """In a process of its own: peak of live tensors and of the process, above its start, in MiB."""
-    resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    resident = lambda: most_resident() / 2**20
     start, trees = resident(), draw_trees([[prompt, 128, 128]] * 4, vocab)
     with Tracker() as tracker:
         model = new_model(vocab)

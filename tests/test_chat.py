@@ -632,14 +632,15 @@ def test_a_million_pairs(tmp_path):
     size = (tmp_path / "hh.jsonl").stat().st_size / 1e9
     data.Tokenizer.train([data.Example(text(100), ()) for _ in range(2000)], tmp_path, 4000)
     code = """if True:
-        import resource, sys, time, data
+        import sys, time, data
         from extra.encoded import encode_ahead
+        from extra.guard import most_resident
         from pathlib import Path
         here, start = Path(sys.argv[1]), time.perf_counter()
         examples, tokenizer = data.read_preferences(str(here / "hh.jsonl")), data.Tokenizer(here)
         dataset, _ = data.encode(encode_ahead(examples, tokenizer), tokenizer, 512, 256)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = most_resident() / 2**30
         print(len(dataset), len(dataset.tokens), round(seconds), peak)
     """
     command = [sys.executable, "-c", code, str(tmp_path)]

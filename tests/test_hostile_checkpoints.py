@@ -605,6 +605,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import data, sample
+from extra.guard import most_resident
 from model import CheckpointError
 attempts = sys.argv[2:]
 for place in attempts:  # once without a limit: what is imported on the way
@@ -620,7 +621,7 @@ for place in attempts:
     except (CheckpointError, data.DataError) as error:
         assert "memory" not in str(error).lower(), error
         print("refused")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(most_resident() // 2**20)
 """
 
 

@@ -755,7 +755,10 @@ def test_rates_count_training_alone(world, tmp_path, monkeypatch):
                          (train, "load_data")):  # fmt: skip
         slowly(module, name, lambda: 1000.0)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    usage = {guard.resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=3 * 2**19)}  # KiB
+    status = tmp_path / "status"
+    status.write_text("VmPeak:\t 9999999 kB\nVmHWM:\t 1572864 kB\nVmRSS:\t 1024 kB\n")
+    monkeypatch.setattr(guard, "STATUS", status)
+    usage = {guard.resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=9 * 2**19)}  # of a parent
     monkeypatch.setattr(guard.resource, "getrusage", usage.get)
     settings = COMMON | {"files": ("data", "eval_data", "sft_data"), "shuffle": False}
     settings |= {"eval_every": 1, "save_every": 5}
@@ -782,10 +785,13 @@ def test_rates_count_training_alone(world, tmp_path, monkeypatch):
             [line] = [x for x in printed if x.startswith(f"{stage} {done}  train/")]
             assert line.endswith(f"  {said}")
     assert not rows
+    for text in ("Name:\tpython\n", None):  # as some containers have it, and other systems
+        status.write_text(text) if text else status.unlink()
+        assert guard.peak_memory() == {"peak_memory_gib": 4.5}
     usage[guard.resource.RUSAGE_SELF].ru_maxrss *= 2**10  # bytes, as macOS counts
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
-        assert guard.peak_memory() == {"peak_memory_gib": 1.5}
+        assert guard.peak_memory() == {"peak_memory_gib": 4.5}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**29)
     run(f"--out_dir={tmp_path / 'cuda'}")
     rows = [row for row in read_metrics(tmp_path / "cuda") if "epoch" in row]

@@ -896,9 +896,8 @@ def test_peak_memory_is_that_of_live_tensors(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "ladder", ladder)
     monkeypatch.setattr(benchmark, "new_model", lambda vocab: torch.zeros(vocab * 2**18 // 97))
     for which, expected in (("standard", [4.0, 5.5]), ("shared prompt", [2.0, 5.5])):
-        resident = iter([3 * 1024, 8.5 * 1024])
-        usage = lambda who: SimpleNamespace(ru_maxrss=next(resident))
-        monkeypatch.setattr(benchmark.resource, "getrusage", usage)
+        resident = iter([3 * 2**20, 8.5 * 2**20])
+        monkeypatch.setattr(benchmark, "most_resident", lambda resident=resident: next(resident))
         benchmark.measure(which, 30, 97)
         if benchmark.DEVICE.type == "cpu":
             assert json.loads(capsys.readouterr().out) == expected

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -575,8 +574,7 @@ def check_printed(run: Run):
             count = sum(len(Path(p).read_text().splitlines()) for p in paths.split(","))
             per_epoch = -(-count // s.batch_size)
             assert row["epoch"] == pytest.approx(row["step"] / per_epoch)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            memory /= 2**10 if sys.platform == "darwin" else 1
+            memory = guard.most_resident() / 2**30
             assert 0.5 * memory < row["peak_memory_gib"] <= memory
         assert line.rstrip() == "  ".join(words)
 
