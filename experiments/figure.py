@@ -29,6 +29,10 @@ EXACT = {  # colour and line of what is calculated
     "perfect RLHF, length": ("black", ":"),
 }  # fmt: skip
 TICKS = (0, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 20, 30, 50)  # of KL
+# Where a name may stand: so far from the end of its text, in dots, and in these directions
+FAR, ANGLES = (9, 14, 24, 40, 60, 85, 110), np.arange(16) * np.pi / 8
+NEAR = 16  # in dots: within it no line is needed to see whose name it is
+SQUARE, MARKER = 8, 6  # pixels; as many points of a line as a marker counts for
 plt.rcParams.update({
     "font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555",
@@ -65,62 +69,81 @@ def every_few_pixels(line: np.ndarray) -> np.ndarray:
     return np.transpose([np.interp(at, length, values) for values in line.T])
 
 
+class Names:
+    """Where the names of methods may stand among what is drawn: all in pixels, and once the layout
+    is settled. `bound` is a curve above which nothing is written."""
+
+    def __init__(self, axes, points: list[np.ndarray], bound: Frontier | None = None):
+        self.axes, self.points, self.bound = axes, points, bound
+        self.frame, self.dot = axes.get_window_extent(), axes.figure.dpi / 72
+        drawn = [line.get_xydata() for line in axes.lines if line.get_zorder() > 1]
+        for collection in axes.collections:
+            if isinstance(collection, LineCollection):  # error bars
+                drawn += collection.get_segments()
+        lines = [every_few_pixels(axes.transData.transform(xy)) for xy in drawn if len(xy)]
+        self.taken = np.concatenate(lines + MARKER * points)
+        self.crowded = np.zeros(self.square_of(self.frame.max) + 1, dtype=bool)
+        self.crowded[tuple(self.square_of(self.taken).T)] = True
+        self.boxes = []  # of the names that stand, (low, high)
+
+    def square_of(self, xy: np.ndarray) -> np.ndarray:
+        """Of those that the frame is divided into."""
+        return (np.clip(xy, 0, self.frame.max) / SQUARE).astype(int)
+
+    def costs(self, number: int, point, low, high, far) -> tuple[np.ndarray, np.ndarray]:
+        """What each box (corners: (ways, 2)) costs as the name of a method's point: what it hides,
+        and how hard it is to see whose name it is. And where a line to the point would begin."""
+        below, above = low[:, None] - 3 * self.dot, high[:, None] + 3 * self.dot
+        hidden = ((self.taken > below) & (self.taken < above)).all(2).sum(1)
+        start = np.clip(point, low, high)  # the side of the text that looks at the point
+        line = start + np.linspace(0, 0.7, 15)[:, None, None] * (point - start)
+        crossed = self.crowded[tuple(self.square_of(line).T)].mean(1) * far * (far > NEAR)
+        cost = 3.0 * hidden + 0.2 * far + 0.6 * crossed
+        for other, xy in enumerate(self.points):
+            if other != number:
+                cost += (np.linalg.norm(xy - point, axis=1) < NEAR * self.dot).sum()
+        for box in self.boxes:
+            cost += 60 * ((low < box[1] + 6) & (box[0] - 6 < high)).all(1)
+        cost += 1000 * ((low < self.frame.min + 2) | (high > self.frame.max - 2)).any(1)
+        if self.bound:
+            corners = np.transpose([low[:, 0], high[:, 1]])
+            x, y = self.axes.transData.inverted().transform(corners).T
+            cost += 1000 * (y > self.bound(x))
+        return cost, start
+
+    def occupy(self, low: np.ndarray, high: np.ndarray):
+        """A name stands there."""
+        self.boxes.append((low, high))
+        (left, bottom), (right, top) = self.square_of(np.array([low, high]))
+        self.crowded[left : right + 1, bottom : top + 1] = True
+
+
 def name_points(axes, named: list[tuple[str, str, np.ndarray]], bound: Frontier | None = None):
-    """Write each name, (text, colour, points (n, 2)), near one of its points, where it hides the
-    least; with a line to the point, if that is far. Above the frontier nothing is written. The
-    layout is settled, and all else is there."""
-    frame, dot = axes.get_window_extent(), axes.figure.dpi / 72
+    """Write each name, (text, colour, points (n, 2)), near one of its points, where it costs the
+    least; with a line to the point, if that is far. Above the frontier nothing is written."""
     to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
-    bars = [bar for collection in axes.collections if isinstance(collection, LineCollection)
-            for bar in collection.get_segments()]  # fmt: skip
-    lines = [line.get_xydata() for line in axes.lines if line.get_zorder() > 1]
-    lines = [to_pixels(xy) for xy in (*bars, *lines) if len(xy)]
-    lines = [every_few_pixels(xy) for xy in lines]
-    points = [to_pixels(xy) for _, _, xy in named]
-    taken = np.concatenate(lines + 6 * points)  # points count more
-    cells = np.zeros(np.ceil(frame.max / 8).astype(int) + 1, dtype=bool)  # of 8 × 8 pixels
-    cells[tuple((np.clip(taken, 0, frame.max) / 8).astype(int).T)] = True
-    ways = [(far, np.cos(angle), np.sin(angle)) for far in (9, 14, 24, 40, 60, 85, 110)
-            for angle in np.arange(16) * np.pi / 8]  # fmt: skip
-    far, *ways = np.transpose(ways)
-    ways, boxes = np.transpose(ways), []
-    for n, (text, color, _) in enumerate(named):
+    names = Names(axes, [to_pixels(xy) for _, _, xy in named], bound)
+    far, angles = (values.ravel() for values in np.meshgrid(FAR, ANGLES, indexing="ij"))
+    ways = np.transpose([np.cos(angles), np.sin(angles)])
+    for number, (text, color, _) in enumerate(named):
         sample = write(axes, 0, 0, text, color)
-        extent = sample.get_window_extent()
+        half = np.diff(sample.get_window_extent().get_points(), axis=0) / 2
         sample.remove()
-        half = np.array([extent.width, extent.height]) / 2
-        shift = far[:, None] * dot * ways + half * np.abs(ways)  # of the text's middle
-        others = np.concatenate([at for m, at in enumerate(points) if m != n] or [points[n][:0]])
-        choices = []
-        for point in points[n]:
-            if not frame.contains(*point):
-                continue
-            low, high = point + shift - half, point + shift + half  # corners, (ways, 2)
-            within = lambda xy, rim: (  # (ways, points)
-                (xy > low[:, None] - rim) & (xy < high[:, None] + rim)
-            ).all(2)
-            cost = 3.0 * within(taken, 3 * dot).sum(1) + far / 5 - 0.2 * len(choices)  # late ones
-            near = np.clip(point, low, high)  # the side of the text that looks at the point
-            line = near + np.linspace(0, 0.7, 15)[:, None, None] * (point - near)
-            across = cells[tuple((np.clip(line, 0, frame.max) / 8).astype(int).T)]  # (ways, 15)
-            cost += 0.6 * across.mean(1) * far * (far > 16)
-            cost += (np.linalg.norm(others - point, axis=1) < 16 * dot).sum()  # whose name is it?
-            for box in boxes:
-                cost += 60 * ((low < box[1] + 6) & (box[0] - 6 < high)).all(1)
-            cost += 1000 * ((low < frame.min + 2) | (high > frame.max - 2)).any(1)
-            if bound:
-                corner = to_data(np.transpose([low[:, 0], high[:, 1]]))
-                cost += 1000 * (corner[:, 1] > bound(corner[:, 0]))
-            least = cost.argmin()
-            choices.append((cost[least], len(choices), low[least], high[least], near[least], point))
-        if choices:
-            _, _, low, high, near, point = min(choices, key=lambda choice: choice[:2])
-            boxes.append((low, high))
-            (left, bottom), (right, top) = (low / 8).astype(int), (high / 8).astype(int)
-            cells[left : right + 1, bottom : top + 1] = True
+        shift = far[:, None] * names.dot * ways + half * np.abs(ways)  # of the text's middle
+        least, place = np.inf, None
+        for n, point in enumerate(names.points[number]):
+            low, high = point + shift - half, point + shift + half
+            cost, start = names.costs(number, point, low, high, far)
+            way = cost.argmin()
+            price = cost[way] - 0.2 * n  # rather a late point: there they differ
+            if names.frame.contains(*point) and price < least:
+                least, place = price, (low[way], high[way], start[way], point)
+        if place:
+            low, high, start, point = place
+            names.occupy(low, high)
             write(axes, *to_data((low + high) / 2), text, color)
-            if np.linalg.norm(near - point) > 16 * dot:
-                ends = np.transpose([to_data(near), to_data(point)])
+            if np.linalg.norm(start - point) > NEAR * names.dot:
+                ends = np.transpose([to_data(start), to_data(point)])
                 axes.plot(*ends, color=color, linewidth=0.6, alpha=0.8, zorder=1)
 
 

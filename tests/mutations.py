@@ -697,7 +697,7 @@ MISTAKES = [
     ("experiments/runs.py", "files within the runs' directories make other settings of them", "value.removeprefix(own) if", "value if", "test_report.py::test_own_runs_from_the_command_line"),
     ("experiments/runs.py", "a torn last line of the metrics is refused", "if number < len(lines):", "if number:", "test_report.py::test_own_runs_from_the_command_line"),
     ("experiments/figure.py", "the figure's bytes depend on when it was drawn", 'metadata={"Date": None, "Creator": None}', 'metadata={"Creator": None}', "test_report.py::test_what_is_said_of_a_sweep"),
-    ("experiments/figure.py", "a method's name stands where no policy can be", "cost += 1000 * (corner[:, 1] > bound(corner[:, 0]))", "cost += 0 * (corner[:, 1] > bound(corner[:, 0]))", "test_report.py::test_names_stand_beside_their_points"),
+    ("experiments/figure.py", "a method's name stands where no policy can be", "cost += 1000 * (y > self.bound(x))", "cost += 0 * (y > self.bound(x))", "test_report.py::test_names_stand_beside_their_points"),
     # Samples during training, model cards, Apple's GPU
     ("extra/samples.py", "no sample after the last step", "if step % every and step != steps:", "if step % every:", "test_samples.py::test_they_are_those_of_the_checkpoints[text-more0]"),
     ("extra/samples.py", "each rank stops where all of its answers end", "(), seed=run.settings.seed)", "[2], seed=run.settings.seed)", "test_samples.py::test_it_stays_within_what_the_model_has_seen"),
