@@ -206,14 +206,13 @@ def dpo_limit(grammar: Reviews, beta: float, flip: float) -> tuple[float, float]
 
 
 def curves(grammar: Reviews) -> dict:
-    """What a figure of reward against KL draws: R*(KL) to a KL of 8, best of 1, 2, 4 … 1024."""
-    points = [grammar.optimum(beta) for beta in np.geomspace(100, 0.34, 200)]
+    """What a figure of reward against KL draws: R*(KL), best of 1, 2, 4 … 1024."""
     start = grammar.optimum(math.inf)[0]
-    rewards, kls = map(list, zip((start, 0.0), *points))
+    rewards, kls = grammar.curve().tolist()
     best = [(n, *best_of_n(grammar, n)) for n in 2 ** np.arange(11)]
     return {
         "start": start,
-        "frontier": {"kl": kls, "reward": rewards},
+        "frontier": {"kl": [0.0, *kls], "reward": [start, *rewards]},
         "best_of_n": [dict(zip(("n", "reward", "kl"), (int(n), *point))) for n, *point in best],
     }
 
@@ -228,8 +227,7 @@ def show(sizes: list[int], seeds: list[int], flip: float):
     """Print the table: rewards gained, KL and the share of what is possible at that KL."""
     grammar = Reviews()
     found = curves(grammar)
-    start, frontier = found["start"], [grammar.optimum(b) for b in np.geomspace(1e3, 0.05, 400)]
-    rewards, kls = np.transpose([(start, 0.0), *frontier])
+    start, kls, rewards = found["start"], *found["frontier"].values()
     best = lambda kl: np.interp(kl, kls, rewards) - start
 
     def cell(points) -> str:

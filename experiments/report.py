@@ -193,11 +193,6 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
             for panel, x in places.items():
                 add(group_of(panel, method, f"β={row['beta']:g}", x, True), row["seed"], row)
         curve = exact.get("frontier") or grammars_frontier()
-        furthest = max(
-            (group.last("kl").max() for group in groups.values() if group.rows), default=0
-        )
-        if 1.2 * furthest > max(curve["kl"]):
-            curve = grammars_frontier()
         best = Frontier(curve["kl"], curve["reward"], exact.get("start", min(curve["reward"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"{path}: not as experiments/frontier.py writes it: {error!r}") from error
@@ -205,13 +200,10 @@ def read_sweep(directory: Path) -> tuple[list[Group], Frontier, set[str]]:
 
 
 def grammars_frontier() -> dict[str, list[float]]:
-    """R*(KL) from the grammar itself, to where there is no more to gain: if exact.json has none, or
-    one that does not go as far as the runs."""
+    """R*(KL) from the grammar itself, if exact.json has none."""
     from experiments.reviews import Reviews
 
-    grammar = Reviews()
-    points = [grammar.optimum(beta) for beta in np.geomspace(1e5, 0.05, 300)]
-    return {"kl": [kl for _, kl in points], "reward": [reward for reward, _ in points]}
+    return dict(zip(("reward", "kl"), Reviews().curve().tolist()))
 
 
 def drawn_methods(groups: list[Group]) -> list[str]:

@@ -155,8 +155,11 @@ class Reviews:
 
     def frontier(self, kl: float) -> float:
         """R*(KL): the highest expected reward of any policy at this KL from the grammar."""
-        rewards, kls = np.transpose([self.optimum(beta) for beta in np.geomspace(1e5, 0.05, 300)])
-        return float(np.interp(kl, kls, rewards))
+        return float(np.interp(kl, *self.curve()[::-1]))
+
+    def curve(self) -> np.ndarray:
+        """(R*, KL) of π*, (2, points), from a β where it is the grammar to one that gains all."""
+        return np.transpose([self.optimum(beta) for beta in np.geomspace(1e5, 0.05, 300)])
 
     def demonstrations(self, count: int, split: str) -> list[data.Example]:
         """What SFT trains on: plain samples of the grammar."""
