@@ -176,7 +176,7 @@ def test_several_ranks_equal_one(ranks, flags, files, tmp_path):
     and a last batch smaller than the ranks, so that one of them has nothing to do."""
     files = [fewer(files[0], 25, tmp_path / "few"), files[1], fewer(files[2], 25, tmp_path / "few")]
     flags = [*files, *flags, "--grad_clip=0.05", "--eval_every=3", "--max_steps=4"]
-    flags += ["--weight_decay=0.1", "--dtype=float32", "--learning_rate=3e-3"]
+    flags += ["--weight_decay=0.1", "--dtype=float32", "--learning_rate=3e-3", "--log_every=1"]
     train_here(tmp_path / "one", *flags)
     run_script(
         "train.py", *SMALL, *TINY, SFT, *flags, f"--out_dir={tmp_path / 'many'}", ranks=ranks
@@ -185,12 +185,13 @@ def test_several_ranks_equal_one(ranks, flags, files, tmp_path):
     assert len(one) == len(many) > 6
     assert all(row["train/grad_norm"] > 0.05 for row in one if "train/grad_norm" in row)
     for a, b in zip(one, many):
-        for name in a.keys() - {"train/rewards/ties", "eval/rewards/ties"}:  # exact zeros
+        names = a.keys() - {"train/rewards/ties", "eval/rewards/ties"}  # exact zeros
+        if (a["stage"], a["step"]) in (("dpo", 0), ("dpo", 1)):  # of the reference itself:
+            names -= {name for name in a if name.endswith(("accuracies", "both_fell"))}  # rounding
+        for name in names:
             value = a[name]
-            # In the first step the sign of a margin is that of its rounding.
-            least = 0.1 if name.endswith("accuracies") else 2e-4
-            close = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=least)
-            assert b[name] == close, name
+            close = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=2e-4)
+            assert b[name] == close, (a["stage"], a["step"], name)
     for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "many").values()):
         torch.testing.assert_close(
             a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
