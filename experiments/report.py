@@ -280,6 +280,8 @@ def sweep_text(groups: list[Group], best: Frontier, missing: set[str]) -> str:
     lines = [" ".join(filter(None, words)).replace("R*", "R\\*")]
     for panel in dict.fromkeys(group.panel for group in groups):
         chosen = [group for group in groups if group.panel == panel]
+        methods = list(dict.fromkeys(group.method for group in chosen))
+        chosen.sort(key=lambda group: (methods.index(group.method), group.x or 0.0))
         lines += [f"### {PANELS.get(panel, (panel,))[0]}", sweep_table(chosen, best)]
     return "\n\n".join(lines) + "\n"
 
