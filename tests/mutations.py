@@ -461,7 +461,7 @@ MISTAKES = [
     ("data.py", "what was made of rows is not counted", '["examples", *example.notes]', '["examples"]', "test_formats.py::test_repeated_prompts_are_taken_out_and_counted"),
     ("data.py", "fields beside three texts are dropped", 'if row.keys() - {"id", *names} or not', "if not", "test_data.py::test_what_is_not_plain_is_left_to_the_room"),
     ("extra/reward.py", "an empty answer in a chat is scored by the tokenizer's EOS, not by what ends a turn", "    end = tokenizer.eos_id\n    if data.is_turns(example.prompt):", "    end = tokenizer.eos_id\n    if data.is_turns(example.responses):", "test_sample_flags.py::test_who_says_nothing_in_a_conversation_ends_the_turn"),
-    ("dpo.py", "the evaluation is of this rank's own share only", 'averages(run.total(sums), "eval")', 'averages(sums, "eval")', "test_train.py::test_several_ranks_equal_one[2-flags0]"),
+    ("dpo.py", "the evaluation is of this rank's own share only", 'averages(run.total(sums), "eval")', 'averages(sums, "eval")', "test_train.py::test_several_ranks_equal_one[3-flags0]"),
     # The models of today, and adapters
     ("model.py", "the output projection of a Qwen2 has a bias", "self.o_proj = nn.Linear(width, config.hidden_size, bias=False)", "self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)", "test_checkpoints.py::test_models_of_today_are_those_of_transformers"),
     ("model.py", "keys are not normalised", "k, v = self.k_norm(heads(self.k_proj(x))), heads(self.v_proj(x))", "k, v = heads(self.k_proj(x)), heads(self.v_proj(x))", "test_checkpoints.py::test_models_of_today_are_those_of_transformers"),
@@ -708,7 +708,7 @@ MISTAKES = [
     ("extra/samples.py", "one prompt, again and again", "found[tuple(dataset.tokens[dataset[e][0]].tolist())] = None", "found[e, *dataset.tokens[dataset[e][0]].tolist()] = None", "test_samples.py::test_which_prompts"),
     ("extra/samples.py", "compiled blocks are compiled anew for samples", 'eager = torch.compiler.set_stance("force_eager")', "pass", "test_samples.py::test_compiled_blocks_are_left_alone"),
     ("extra/states.py", "a new run leaves another's samples", 'rewind(run.out / "samples.jsonl", point)', 'rewind(run.out / "samples.jsonl", point) if point else None', "test_samples.py::test_a_resumed_run_has_each_once"),
-    ("extra/cache.py", "the cache is sharded as the weights are", "torch.zeros(shape, dtype=dtype, device=weight.device)", "weight.new_zeros(shape, dtype=dtype)", "test_samples.py::test_several_ranks_sample_together"),
+    ("extra/cache.py", "the cache is sharded as the weights are", "torch.zeros(shape, dtype=dtype, device=weight.device)", "weight.new_zeros(shape, dtype=dtype)", "test_train.py::test_several_ranks_equal_one[3-flags0]"),
     ("extra/card.py", "somebody's own README.md is overwritten", "if os.path.lexists(path) and not is_ours(path):", "if False:", "test_card.py::test_somebodys_own_is_left_alone"),
     ("extra/card.py", "a link that leads nowhere is overwritten", "os.path.lexists(path)", "os.path.exists(path)", "test_card.py::test_somebodys_own_is_left_alone"),
     ("extra/card.py", "a name may end its code", 'marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))', 'marks = "`"', "test_card.py::test_it_is_one_line_each"),

@@ -122,7 +122,8 @@ def runs(tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
         train.Run(train.parse_settings([*flags, f"--out_dir={out}", "--log_every=10"]))
     )
     files = reviews.write(root / "files", 0, 7000, 1600)
-    sft = [f"--data={files[2]}", "--epochs=0", "--batch_size=32", "--sft_learning_rate=4e-3"]
+    sft = f"""--data={files[2]} --epochs=0 --hidden_size=64 --num_heads=2 --batch_size=32
+        --sft_learning_rate=6e-3""".split()
     run(root / "sft", *sft)
     pairs, held_out = (
         [row for _, row in data.read_jsonl(str(root / "files" / f"{name}.jsonl"))]
@@ -140,7 +141,7 @@ def runs(tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
             --batch_size=32 --data={write_jsonl(root / f"{label}.jsonl", rows)}
             --eval_data={held_out} --eval_every=20 --micro_batch_tokens=1024""".split()
         run(root / label, *settings)
-        found = reviews.measure(root / label, root / "sft", 800)
+        found = reviews.measure(root / label, root / "sft", 600)
         for name, place in (("SFT", "sft"), ("DPO", label)):
             trees = data.to_dataset(found[name]["trees"])
             found[name]["logps"] = response_logps(load(root / place)[0], trees)

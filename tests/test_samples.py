@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_metrics, run_here, run_script, turns, write_jsonl
+from conftest import read_metrics, run_here, turns, write_jsonl
 
 import data
 import sample
@@ -123,15 +123,6 @@ def test_they_are_those_of_the_checkpoints(kind, more, files, tmp_path):
     weights = lambda out: (tmp_path / out / "model.safetensors").read_bytes()
     assert weights("with") == weights("without"), "not one bit of training is another"
     assert not (tmp_path / "without" / "samples.jsonl").exists()
-
-
-def test_several_ranks_sample_together(files, tmp_path):
-    """Every rank runs each forward pass, whatever ends; the samples are those of one process."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_here("train.py", *flags_of(files, "text", one, "--sample_every=2"))
-    printed = run_script("train.py", *flags_of(files, "text", two, "--sample_every=2"), ranks=2)
-    assert rows_of(two) == rows_of(one)
-    assert printed.stdout.count("sample of dpo 0: Rate film 10:\n  -> ") == 1
 
 
 def test_a_resumed_run_has_each_once(files, tmp_path):

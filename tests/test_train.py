@@ -169,18 +169,22 @@ def test_reference_is_reused_and_checked(done, files, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "flags"),
-    [(2, []), (3, []), (2, ["--lora_rank=3"]), (2, ["--loss=bco", "--activation_checkpointing"])],
+    [(3, []), (2, ["--lora_rank=3"]), (2, ["--loss=bco", "--activation_checkpointing"])],
 )
 def test_several_ranks_equal_one(ranks, flags, files, tmp_path):
-    """Weights and metrics, with clipping active, accumulation, packing that differs between ranks,
-    and a last batch smaller than the ranks, so that one of them has nothing to do."""
+    """Weights, metrics and samples, with clipping active, accumulation, packing that differs
+    between ranks, and a last batch smaller than the ranks, so that one has nothing to do."""
     files = [fewer(files[0], 25, tmp_path / "few"), files[1], fewer(files[2], 25, tmp_path / "few")]
     flags = [*files, *flags, "--grad_clip=0.05", "--eval_every=3", "--max_steps=4"]
     flags += ["--weight_decay=0.1", "--dtype=float32", "--learning_rate=3e-3", "--log_every=1"]
+    flags += ["--sample_every=3"]
     train_here(tmp_path / "one", *flags)
-    run_script(
+    result = run_script(
         "train.py", *SMALL, *TINY, SFT, *flags, f"--out_dir={tmp_path / 'many'}", ranks=ranks
     )
+    assert result.stdout.count("sample of dpo 0: ") == 3, "rank 0 alone says them"
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "many")]
+    assert samples[0] == samples[1] and samples[0].count("\n") >= 12
     one, many = (without_rates(read_metrics(tmp_path / name)) for name in ("one", "many"))
     assert len(one) == len(many) > 6
     assert all(row["train/grad_norm"] > 0.05 for row in one if "train/grad_norm" in row)
@@ -289,15 +293,32 @@ class Stop(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """Makes a run with these flags, once."""
+    made = {}
+
+    def whole_run(flags: list[str]):
+        key = tuple(flags)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / "run"
+            train_here(made[key], *flags)
+        return made[key]
+
+    return whole_run
+
+
 @pytest.mark.parametrize(  # in SFT, at its last state, at the start of DPO, in DPO
     ("stop_at", "first"), [(4, "sft-3"), (8, "sft-6"), (10, "dpo-0"), (12, "dpo-3")]
 )
 @pytest.mark.parametrize("extra", [[], ["--lora_rank=3"], ["--loss=kto", "--optimizer=rmsprop"]])
-def test_resume_is_bit_identical(stop_at, first, extra, files, tmp_path, monkeypatch, capsys):
+def test_resume_is_bit_identical(
+    stop_at, first, extra, files, whole_runs, tmp_path, monkeypatch, capsys
+):
     """Stopped at a step and resumed, with the reference cache gone: the same weights, moments and
     metrics."""
     flags = [*files, "--save_every=3", "--epochs=2", *extra]
-    train_here(tmp_path / "whole", *flags)
+    ends = whole_runs(flags), tmp_path / "parts"
     step, calls = dpo.take_step, itertools.count(1)
 
     def stopping(*arguments):
@@ -319,11 +340,11 @@ def test_resume_is_bit_identical(stop_at, first, extra, files, tmp_path, monkeyp
     printed, (stage, step) = capsys.readouterr().out, first.split("-")
     steps = [line for line in printed.splitlines() if " examples, steps " in line]
     assert steps[0].startswith(f"{stage}: ") and f"steps {step} to " in steps[0]
-    last = [tmp_path / name / "resume/dpo-6/state.safetensors" for name in ("whole", "parts")]
+    last = [end / "resume/dpo-6/state.safetensors" for end in ends]
     assert last[0].read_bytes() == last[1].read_bytes()
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    whole, parts = map(weights, ends)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    rows = [without_rates(read_metrics(tmp_path / name)) for name in ("whole", "parts")]
+    rows = [without_rates(read_metrics(end)) for end in ends]
     assert rows[0] == rows[1]
 
 
