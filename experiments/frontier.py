@@ -52,6 +52,7 @@ METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
     "RPO": ("dpo --sft_weight=1", "beta", "β", (0.05, 0.3, 1, 2, 5)),
     "DPO, mean log-probs": ("dpo_norm", "beta", "β", (2, 5, 10, 20, 40)),
     "unlikelihood": ("unlikelihood", "alpha", "α", (0.1, 0.3, 0.6, 0.8, 0.95)),
+    "f-DPO, JS": ("fdpo_js", "beta", "β", (0.3, 0.5, 1, 2, 3)),
 }
 HEADLINE = ("DPO", "IPO", "KTO", "SimPO")  # of ten seeds, the others of five
 BETWEEN = {"DPO": ("dpo", "beta", "β", (0.5, 0.7, 1.4))}  # all others are compared with its curve
@@ -61,8 +62,8 @@ FLIPPED = {  # what is done about labels that flip with a known rate
     "robust DPO": ("robust --label_smoothing={}", "beta", "β", (0.05, 0.3, 1, 2, 5)),
 }
 PRICES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # β of RLHF that is exact
-COLLAPSE = {"f-DPO, JS": ("fdpo_js", "beta", "β", (1,))}
-DISPLACED = {("DPO", "β=1"), ("RPO", "β=1"), ("SimPO", "β=20"), ("Preferred-FT", "lr 0.0002")}
+DISPLACED = {("DPO", "β=1"), ("RPO", "β=1"), ("SimPO", "β=20"), ("Preferred-FT", "lr 0.0002"),
+             ("f-DPO, JS", "β=1")}  # fmt: skip
 SIZES = (100, 300, 1000, 3000, 10_000, 30_000)
 
 
@@ -123,7 +124,6 @@ def plan(quick: bool) -> list[Entry]:
         what = "rounds", "DPO", f"{rounds} rounds", rounds, seed, f"--loss=dpo --beta={rounds}"
         found.append(Entry(f"rounds/{rounds}/{seed}", *what, rounds=rounds))
 
-    found += entries_of("displacement", COLLAPSE, few)
     shown = [e for e in found if e.panel == "main" and (e.method, e.setting) in DISPLACED]
     found += [e._replace(panel="displacement") for e in shown]
 

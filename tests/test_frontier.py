@@ -42,7 +42,7 @@ def test_pairs_of_a_seed_are_paired():
 
 
 def test_the_plan():
-    """Eight methods, ten seeds for some of them, as many settings for each, and more of DPO's curve
+    """Nine methods, ten seeds for some of them, as many settings for each, and more of DPO's curve
     between them; a run that stands in several panels is one run; train.py takes its flags."""
     entries = frontier.plan(quick=False)
     main = [e for e in entries if e.panel == "main"]
