@@ -11,7 +11,7 @@ from test_reports import plain_score
 
 import data
 import sample
-from experiments import frontier, reviews
+from experiments import exact, frontier, reviews
 
 DPO = "--loss=dpo --beta=1"
 ENTRY = partial(frontier.Entry, panel="main", setting="β=1", x=1, pairs=64)
@@ -29,6 +29,8 @@ def test_pairs_of_a_seed_are_paired():
     for rate in (0.1, 0.4):
         rows = frontier.pairs_of(entry._replace(flips=rate))
         turned[rate] = {i for i, row in enumerate(rows) if row != plain[i]}
+        flipped = exact.flip_labels(written, rate, 3)  # those of exact.py's table
+        assert [row["chosen"] for row in rows] == [e.responses[0] for e in flipped]
         assert all(rows[i]["chosen"] == plain[i]["rejected"] for i in turned[rate])
         assert len(turned[rate]) == pytest.approx(400 * rate, abs=4 * (400 * rate) ** 0.5)
     assert turned[0.1] < turned[0.4]
