@@ -99,7 +99,7 @@ def is_look(row: dict, point: dict) -> bool:
     """Whether a row of metrics is of the very step that is saved, and not of its training: it is
     the evaluation, or what `run.look` recorded."""
     same = (row["stage"], row["step"]) == (point["stage"], point["step"])
-    return same and "train/learning_rate" not in row
+    return same and not any(name.startswith("train/") for name in row)
 
 
 def sync(path: Path):

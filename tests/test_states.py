@@ -611,7 +611,8 @@ def test_a_state_has_no_look_at_its_own_step():
     """Who goes on from it looks at that step; rows of training, and of other steps, stay."""
     point = {"stage": "dpo", "step": 4}
     for row, expected in (
-        (point | {"eval/loss": 1.0}, True), (point | {"policy/kl": 1.0}, True), (point | {"train/learning_rate": 1e-3}, False),
+        (point | {"eval/loss": 1.0}, True), (point | {"policy/kl": 1.0}, True),
+        (point | {"train/loss": 1.0}, False), (point | {"train/skipped_steps": 2}, False),
         ({"stage": "sft", "step": 4, "eval/loss": 1.0}, False), ({"stage": "dpo", "step": 2, "eval/loss": 1.0}, False),
     ):  # fmt: skip
         assert states.is_look(row, point) is expected
