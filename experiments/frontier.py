@@ -1,6 +1,6 @@
 """Reward against KL for every method, under the exact optimum: one command makes all the runs.
 
-    python experiments/frontier.py                  # 1½ hours on two cores; --quick: 7 minutes
+    python experiments/frontier.py                  # 2 hours on two cores; --quick: 7 minutes
     python experiments/report.py out/frontier       # the figures and tables, at any time
 
 All runs are train.py's own loop, but for RLOO's (experiments/rlhf.py), on the built-in experiment
