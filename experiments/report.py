@@ -240,8 +240,9 @@ def sweep_table(groups: list[Group], best: Frontier) -> str:
             accepted = group.last("accepted").mean()
             cells.append("" if math.isnan(accepted) else f"{accepted:.1%}")
         lines.append(cells + [""] * (9 - len(cells)))
-    head = "method; setting; seeds; KL, nats; true reward; share of R\\*; gap R\\* − R [95 %]; "
-    return table(head + f"gap less that of {first} at this KL [95 %]; accepted", lines)
+    head = "method; setting; seeds; KL, nats; true reward; share of what R\\* gains; "
+    head += f"gap R\\* − R [95 %]; gap less that of {first} at this KL [95 %]; accepted"
+    return table(head, lines)
 
 
 def headline(groups: list[Group], best: Frontier) -> str:
