@@ -112,7 +112,9 @@ def plan(quick: bool) -> list[Entry]:
     usual = [e for e in dpo if e.setting == "β=1"]
 
     found += [e._replace(panel="pairs", x=PAIRS) for e in usual]
-    found += [e for size in SIZES[:-1] for e in fewer_pairs(size, few)]
+    for size, seed in itertools.product(SIZES, few):
+        what = "pairs", "DPO", "β=1", size, seed, "--loss=dpo --beta=1", size
+        found.append(Entry(f"pairs/{size}/{seed}", *what))
 
     noisy = entries_of("flips", FLIPPED, few, middle, flips=0.2)
     found += [e._replace(panel="flips main") for e in noisy]
@@ -136,14 +138,7 @@ def plan(quick: bool) -> list[Entry]:
     for rate in (0.1, 0.3):
         some = entries_of("flips", FLIPPED, few, slice(2, 3), flips=rate)
         found += [e._replace(x=rate) for e in some]
-    found += fewer_pairs(SIZES[-1], few)  # they take five times as long
     return found
-
-
-def fewer_pairs(size: int, seeds) -> list[Entry]:
-    """Runs of DPO on so many pairs."""
-    what = "pairs", "DPO", "β=1", size
-    return [Entry(f"pairs/{size}/{n}", *what, n, "--loss=dpo --beta=1", size) for n in seeds]
 
 
 def write_rows(path: Path, rows: list[dict]):
