@@ -246,7 +246,8 @@ def peak_memory() -> dict[str, float]:
 
 def most_resident() -> int:
     """The most RAM that this process had so far, in bytes. Linux's getrusage would count what the
-    process that started this one had, too."""
+    process that started this one had, too; its status is right within some pages of each core, so
+    that a later answer may be a little smaller (proc_pid_status(5))."""
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
