@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+HANGS = 900  # seconds after which a process is taken to hang
 torch.backends.mps.is_available = lambda: False  # the tests are the CPU's; CUDA has its own
 
 import data  # noqa: E402
@@ -83,12 +84,28 @@ def run_script(
     command = [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / script), *rest]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, cwd=cwd, check=False
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        env=environment,
+        cwd=cwd,
+        check=False,
     )
     assert result.returncode == expect, (
         f"exit {result.returncode}:\n{result.stdout}\n{result.stderr}"
     )
     return result
+
+
+def assert_same_change(before, one, many, most: float = 0.02):
+    """Of each tensor of two trainings from the same weights, {name: tensor} each, up to that part of
+    it. AdamW divides by √v: where the gradient is rounding alone, so is the step, and no bound for
+    single numbers would hold; a lost or doubled gradient is a difference of the size of the change."""
+    assert before.keys() == one.keys() == many.keys()
+    for name, start in before.items():
+        apart, change = (one[name] - many[name]).norm(), (one[name] - start).norm()
+        assert apart <= most * change, f"{name}: {apart:.3g} apart after a change of {change:.3g}"
 
 
 def run_here(*arguments, expect: int = 0) -> SimpleNamespace:
@@ -129,6 +146,13 @@ def sequences(dataset: data.Dataset) -> list[list[int]]:
     ids = np.where(dataset.learnt, dataset.tokens, ~dataset.tokens)
     bounds = dataset.offsets.tolist()
     return [ids[a:b].tolist() for a, b in zip(bounds, bounds[1:])]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """What a module's fixture draws does not depend on the tests that ran before it."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 STATE = Path(__file__).parent / "state"  # written by `--write-state`, resumed by every later commit
-PATIENCE = 60  # seconds that a case may take
+PATIENCE = 300  # seconds after which a case is taken to hang
 NEVER = 10**9
 
 # What changes a directory, and what of its arguments are paths.
@@ -301,15 +301,23 @@ def preload(arguments: list[str]):
         train.main(arguments)
 
 
+def free_port() -> int:
+    """A port below those that the system hands out to whoever asks for any: none takes it until the
+    ranks listen there."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 def serve():
     """Read cases, a line of JSON each, from stdin, and answer each by a line on stdout."""
     sys.path.insert(0, str(ROOT))
     preload(json.loads(sys.stdin.readline()))
     for line in sys.stdin:
         case = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         pids = []
         for rank in range(case["ranks"]):
             if not (pid := os.fork()):

@@ -136,7 +136,7 @@ MISTAKES = [
     ("extra/encoded.py", "skipped rows are not counted", "getattr(examples, \"skipped\", 0)", "0", "test_hostile_input.py::test_bad_rows_are_skipped_counted_and_shown"),
     ("extra/encoded.py", "conversations that the template refuses are not skipped", "attempt(laid_out, example, tokenizer) or ()", "laid_out(example, tokenizer)", "test_hostile_input.py::test_conversations_that_a_template_refuses_are_skipped"),
     ("train.py", "bad rows stop the training of a tokenizer and the sets", "data.read_examples(paths, kind, s.skip_bad_rows)", "data.read_examples(paths, kind)", "test_hostile_input.py::test_bad_rows_are_skipped_counted_and_shown"),
-    ("extra/templates.py", "templates take the time they like", "if time.monotonic() - self.started > SECONDS:", "if False:", "test_hostile_input.py::test_templates_end_and_stay_in_their_sandbox[lipsum]"),
+    ("extra/templates.py", "templates take the time they like", "if time.thread_time() - self.started > SECONDS:", "if False:", "test_hostile_input.py::test_templates_end_and_stay_in_their_sandbox[lipsum]"),
     ("extra/templates.py", "templates take the memory they like", "            BOUNDS.limit_memory()\n", "", "test_hostile_input.py::test_templates_end_and_stay_in_their_sandbox"),
     ("extra/templates.py", "the timer of somebody else is lost", "signal.setitimer(signal.ITIMER_REAL, *self.timer)", "signal.setitimer(signal.ITIMER_REAL, 0)", "test_hostile_input.py::test_the_bounds_are_gone_afterwards"),
     ("extra/templates.py", "half a surrogate pair is text", "        text.encode()\n", "        text.encode(errors=\"ignore\")\n", "test_hostile_input.py::test_templates_end_and_stay_in_their_sandbox"),

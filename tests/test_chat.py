@@ -12,7 +12,7 @@ import time
 
 import pytest
 import sentencepiece
-from conftest import ROOT, make_model, save_tokenizer, sequences, turns, write_jsonl
+from conftest import HANGS, ROOT, make_model, save_tokenizer, sequences, turns, write_jsonl
 
 import data
 import sample
@@ -598,7 +598,7 @@ def test_sample_py_talks(checkpoint):
     def answer(typed: bytes):
         flags = [str(ROOT / "sample.py"), str(checkpoint), "--chat", "--max_new_tokens=4"]
         environment = os.environ | {"PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
-        options = {"capture_output": True, "timeout": 240, "env": environment}
+        options = {"capture_output": True, "timeout": HANGS, "env": environment}
         return subprocess.run([sys.executable, *flags], input=typed, check=False, **options)
 
     good, bad = answer(b"hello\nagain\n"), answer(b"\xff\n")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_here, run_script, write_jsonl
+from conftest import HANGS, ROOT, run_here, run_script, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -563,7 +563,7 @@ def test_the_command_for_old_files_mends_them(good, tmp_path):
     """As it is printed, in a shell."""
     place = tried(good, "plain", binary(lambda weights: weights, **OLD), tmp_path)
     command = attempt(lambda: sample.load(place)).split(" by: python ")[1].removesuffix(")")
-    result = subprocess.run(f"{sys.executable} {command}", shell=True, check=True, timeout=60)
+    result = subprocess.run(f"{sys.executable} {command}", shell=True, check=True, timeout=HANGS)
     assert result.returncode == 0 and attempt(lambda: sample.load(place)) == ""
 
 
@@ -634,7 +634,7 @@ def test_absurd_sizes_take_no_memory(good, tmp_path):
         tried(good, "plain", CASES[case][0], tmp_path / str(n)) for n, case in enumerate(cases)
     ]
     command = [sys.executable, "-c", MEMORY, ROOT, *places]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr
     *refused, resident = result.stdout.split()
     assert refused == ["refused"] * len(cases) and int(resident) < 1000, "MiB, most of it torch"
@@ -677,6 +677,7 @@ FUZZ = settings(
     max_examples=120,
     deadline=None,
     database=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 LEAVES = (

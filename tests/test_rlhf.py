@@ -3,17 +3,26 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, make_model, random_dataset, run_here, run_script, save_tokenizer
+from conftest import (
+    SHAPES,
+    make_model,
+    random_dataset,
+    read_metrics,
+    run_here,
+    run_script,
+    save_tokenizer,
+)
 from transformers import LlamaForSequenceClassification
 
 import data
 import sample
 import train
-from experiments import reviews, rlhf
+from experiments import replaced, reviews, rlhf
 from model import ModelConfig, Transformer, load_pretrained, save_pretrained
 
 
@@ -218,8 +227,34 @@ def test_the_table(run, tmp_path):
     assert {name: rows[1][name] for name in expected} == pytest.approx(expected, abs=1e-3)
     gain = rows[1]["reward"] - rows[0]["reward"]
     assert rows[1]["share"] == pytest.approx(gain / measured["best"], abs=1e-3)
-    seconds = [row["seconds"] for row in rows]
-    assert seconds[0] == 0 < seconds[1] and seconds[2] < seconds[3] and seconds[5] < seconds[4]
+
+
+def test_seconds_are_of_what_each_needs(run, tmp_path, monkeypatch):
+    """On a clock that only learning (100), drawing (10) and policy gradient (1) advance; DPO's are
+    of its log."""
+    now = [0.0]
+
+    def takes(module, name: str, seconds: float):
+        real = getattr(module, name)
+
+        def call(*arguments, **options):
+            now[0] += seconds
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    takes(rlhf, "train_reward_model", 100.0)
+    takes(sample, "draw", 10.0)
+    takes(rlhf, "rloo", 1.0)
+    monkeypatch.setattr(replaced, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    out = tmp_path / "rows.json"
+    run_here("experiments/replaced.py", run, "--count=4", "--steps=2", f"--out={out}")
+    log = [row for row in read_metrics(run) if row["stage"] == "dpo" and "train/loss" in row]
+    ends = [0, *(row["step"] for row in log)]
+    dpo = sum((b - a) * 32 / row["pairs_per_second"] for a, b, row in zip(ends, ends[1:], log))
+    seconds = [row["seconds"] for row in json.loads(out.read_text())]
+    assert seconds[1] == pytest.approx(dpo, abs=1e-3) and dpo > 0
+    assert seconds[:1] + seconds[2:] == [0, 100 + 10 * 4 / 16, 110, 100 + 1 + 2 * 10, 1 + 2 * 10]
 
 
 def test_what_is_no_run_is_one_sentence(run, tmp_path):
