@@ -56,7 +56,7 @@ def find_loss(name: str) -> Callable:
     """A loss(pairs, beta, **options) -> (P,) by its name."""
     if name == "dpo":
         return dpo
-    from extra.objectives import LOSSES  # two dozen others, of the same signature
+    from extra.objectives import LOSSES  # 27 others, of the same signature
 
     return LOSSES[name]
 

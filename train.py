@@ -1,6 +1,6 @@
 """SFT, then DPO: `python train.py`, or on several processes `torchrun --nproc_per_node=N train.py`.
 
-Without arguments it runs the built-in experiment from nothing, on whatever hardware is there. With
+Without arguments it runs the built-in experiment from nothing (--beta=1, larger rates). With
     --data=pairs.jsonl --eval_data=… --init_from=DIR
 it tunes a checkpoint on your preferences. `--help` lists the settings.
 """
@@ -69,8 +69,8 @@ class Settings:
     save_adapter: bool = False  # write the adapters, too, to out_dir/adapter, as peft does
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # recompute each block in the backward pass
-    log_every: int = 25  # steps
-    eval_every: int = 0  # steps; 0: before and after each stage
+    log_every: int = 25  # steps between rows of metrics
+    eval_every: int = 0  # steps between evaluations; 0: before and after each stage
     sample_every: int = 0  # steps between samples of three held-out prompts; 0: none
     save_every: int = 0  # steps between states that --resume goes on from; 0: none
     wandb: str = "disabled"  # Weights & Biases: disabled, offline or online
@@ -129,8 +129,7 @@ class Run:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         if cuda:
             torch.cuda.set_device(self.device)
-        # () of the step before, for the losses that ask: dpo.Pairs.
-        self.mean_logratio = dpo.double(torch.zeros((), device=self.device))
+        self.mean_logratio = dpo.double(torch.zeros((), device=self.device))  # of dpo.Pairs
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
@@ -380,10 +379,13 @@ def train(run: Run):
 
 
 def main(arguments: list[str]):
-    if not any(word.startswith("--data") and word != "--data=reviews" for word in arguments):
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--data", default=Settings.data)
+    given, others = reader.parse_known_args(arguments)
+    if given.data == Settings.data:
         from experiments.reviews import run_experiment
 
-        return run_experiment(arguments)
+        return run_experiment(others)
     try:
         run = Run(parse_settings(arguments))
         with run.saved_if_stopped:

@@ -146,15 +146,6 @@ def rewards_of(tables: Tables, theta: np.ndarray) -> Tables:
     return {kind: [table @ theta for table in found] for kind, found in tables.items()}
 
 
-def fit_reward(
-    grammar: Reviews, examples: list[data.Example], features: str, ridge: float = RIDGE
-) -> Tables:
-    """r̂ of each clause, of a Bradley-Terry model with these features fitted to pairs (chosen,
-    rejected). Raises DataError for a response that is no review of the grammar's."""
-    tables = feature_tables(grammar, features)
-    return rewards_of(tables, fit(differences(tables, locate(grammar, examples)), ridge))
-
-
 def tilted(p: np.ndarray, true: np.ndarray, learned: np.ndarray, beta: float) -> tuple:
     """(log Z, E r, E r̂) of p·exp(r̂/β)/Z, given p, r and r̂ of everything there is."""
     weights = p * np.exp((learned - learned.max()) / beta)
@@ -164,7 +155,7 @@ def tilted(p: np.ndarray, true: np.ndarray, learned: np.ndarray, beta: float) ->
 
 def tilt(grammar: Reviews, rewards: Tables, beta: float) -> tuple[float, float]:
     """(E r, KL(π‖p)) of π ∝ p·exp(r̂/β), r the true reward and r̂ the sum of `rewards` over clauses
-    (from `fit_reward`), mean over evaluation prompts. Of r̂ = r it is `Reviews.optimum`."""
+    (from `rewards_of`), mean over evaluation prompts. Of r̂ = r it is `Reviews.optimum`."""
     results = {}
     for kind, positions in grammar.clauses.items():
         found = [tilted(c.p, c.r, learned, beta) for c, learned in zip(positions, rewards[kind])]
@@ -176,11 +167,10 @@ def tilt(grammar: Reviews, rewards: Tables, beta: float) -> tuple[float, float]:
     return mean(grammar, results)
 
 
-def rlhf(
-    grammar: Reviews, examples: list[data.Example], features: str, betas, ridge: float = RIDGE
-) -> list[dict]:
-    """True reward and KL of RLHF that optimises the reward learned from `examples` perfectly."""
-    rewards = fit_reward(grammar, examples, features, ridge)
+def rlhf(grammar: Reviews, tables: Tables, located: np.ndarray, betas) -> list[dict]:
+    """True reward and KL of RLHF that optimises perfectly the reward that a Bradley-Terry model of
+    these features learns from pairs that were located."""
+    rewards = rewards_of(tables, fit(differences(tables, located)))
     points = [(beta, *tilt(grammar, rewards, beta)) for beta in betas]
     return [dict(zip(("beta", "reward", "kl"), point)) for point in points]
 
@@ -252,16 +242,15 @@ def show(sizes: list[int], seeds: list[int], flip: float):
     located = {}
     for seed in seeds:
         known = [n for n in sizes if n <= 6000 or seed in seeds[:3]]  # more of them take long
-        pairs = flip_labels(Reviews(seed).preferences(max(known), "train"), flip, seed)
-        located[seed] = locate(grammar, pairs), known
+        if known:
+            pairs = flip_labels(Reviews(seed).preferences(max(known), "train"), flip, seed)
+            located[seed] = locate(grammar, pairs), known
     for features in FEATURES:
         points, tables = {}, feature_tables(grammar, features)
         for rows, known in located.values():
-            x = differences(tables, rows)
             for n in known:
-                learned = rewards_of(tables, fit(x[:n]))
-                made = [tilt(grammar, learned, beta) for beta in BETAS]
-                points.setdefault(n, []).append(made)
+                made = rlhf(grammar, tables, rows[:n], BETAS)
+                points.setdefault(n, []).append([(p["reward"], p["kl"]) for p in made])
         for n, made in points.items():  # (seeds, β, 2)
             cells = [cell(points) for points in np.swapaxes(made, 0, 1)]
             print(f"  {features:12}{n:7,}   " + "   ".join(cells), flush=True)

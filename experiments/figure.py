@@ -97,11 +97,13 @@ class Names:
         hidden = ((self.taken > below) & (self.taken < above)).all(2).sum(1)
         start = np.clip(point, low, high)  # the side of the text that looks at the point
         line = start + np.linspace(0, 0.7, 15)[:, None, None] * (point - start)
-        crossed = self.crowded[tuple(self.square_of(line).T)].mean(1) * far * (far > NEAR)
-        cost = 3.0 * hidden + 0.2 * far + 0.6 * crossed
-        for other, xy in enumerate(self.points):
-            if other != number:
-                cost += (np.linalg.norm(xy - point, axis=1) < NEAR * self.dot).sum()
+        crossed = self.crowded[tuple(self.square_of(line).T)].mean(1) * far
+        nowhere = np.full((1, 2), -1e6)  # if nothing else is named
+        others = [xy for n, xy in enumerate(self.points) if n != number]
+        others = np.concatenate([nowhere, *others])
+        passed = np.linalg.norm(line[:, :, None] - others, axis=3).min((0, 2)) < NEAR / 2 * self.dot
+        meant = (np.linalg.norm(others - point, axis=1) < NEAR * self.dot).sum()
+        cost = 3.0 * hidden + 0.2 * far + (0.6 * crossed + 40.0 * passed) * (far > NEAR) + meant
         for box in self.boxes:
             cost += 60 * ((low < box[1] + 6) & (box[0] - 6 < high)).all(1)
         cost += 1000 * ((low < self.frame.min + 2) | (high > self.frame.max - 2)).any(1)
@@ -182,7 +184,7 @@ def draw_methods(axes, groups: list[Group], best: Frontier, methods: list[str], 
             y = np.maximum(y, 1.03 * floor)
         size = 8.5 if marker in "PX" else 6.5
         axes.errorbar(x, y, y_error, x_error, linestyle="", color=color, elinewidth=1.1, zorder=4)
-        axes.plot(x, y, color=color, linewidth=4, alpha=0.18, zorder=2)
+        axes.plot(x, y, color=color, linewidth=4, alpha=0.25, zorder=2)
         axes.plot(x, y, linestyle="", marker=marker, markersize=size, color=color,
                   markeredgecolor="white", markeredgewidth=0.7, zorder=5)  # fmt: skip
         usual = min(own, key=lambda group: abs(np.log(max(group.point("kl")[0], 1e-9))))
@@ -209,8 +211,8 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     drawn = [group for group in groups if group.method in methods]
     if not drawn:
         return "no figure, as none of its runs is at its end"
-    most = max(group.point("kl")[0] for group in drawn)
-    right = min(1.1 * most, 1.2 * best.kl[-1])  # beyond it nothing is to be gained
+    most = max(sum(group.point("kl")) for group in drawn)
+    right = min(1.04 * most, 1.2 * best.kl[-1])  # beyond it nothing is to be gained
     inside = [group for group in drawn if group.point("kl")[0] <= right]
     shape = {"sharex": True, "figsize": (8.3, 9), "height_ratios": (1, 1.2)}
     figure, (upper, lower) = plt.subplots(2, 1, **shape)
@@ -245,11 +247,11 @@ def frontier(groups: list[Group], best: Frontier, methods: list[str], out: Path)
     beyond = len(drawn) - len(inside)
     calculated = ""
     if any(group.exact for group in groups):
-        calculated = "Grey and black is calculated: perfect RLHF fits\na reward to the same pairs, "
-        calculated += "and optimises it exactly."
+        calculated = "Grey and black are calculated: perfect RLHF fits\na reward to the same "
+        calculated += "pairs, and optimises it exactly."
     figure.supxlabel(
         f"Each marker is a method at one setting, the mean of up to {seeds} seeds ± one standard "
-        "error;\nthin lines are the way of one setting as it trained. " + calculated,
+        "error;\nthin lines follow one setting during training. " + calculated,
         fontsize=9, color="#555555", x=0.07, ha="left", multialignment="left",
     )  # fmt: skip
     if beyond:
@@ -268,17 +270,15 @@ def looks_of(names, methods: list[str]) -> dict[str, tuple[str, str]]:
     return {name: known.get(name) or next(free) for name in dict.fromkeys(names)}
 
 
-def draw_lines(axes, lines: dict[str, list], looks: dict, dashes: str = "-") -> list:
-    """A line with error bars for each name: [(x, y, error), …]. Returns what to name."""
-    named = []
+def draw_lines(axes, lines: dict[str, list], looks: dict, dashes: str = "-"):
+    """A line with error bars for each name, [(x, y, error), …]; dotted ones are not named."""
     for name, points in lines.items():
         x, y, error = np.transpose(sorted(points))
         color, marker = looks.get(name) or (EXACT.get(name, ("#555555",))[0], "")
         style = EXACT[name][1] if name in EXACT else dashes
         axes.errorbar(x, y, error, color=color, elinewidth=1, linewidth=1.3, linestyle=style,
-                      marker=marker, markersize=4.5, zorder=3)  # fmt: skip
-        named.append((name, color, np.transpose([x, y])))
-    return named
+                      marker=marker, markersize=4.5, zorder=3,
+                      label=name if dashes == "-" else None)  # fmt: skip
 
 
 def percent(group: Group, best: Frontier) -> tuple[float, float]:
@@ -292,7 +292,7 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
     shown = {"pairs": "Number of pairs", "flips": "Share of flipped labels", "labels": "Labels",
              "rounds": "On-policy rounds"}  # fmt: skip
     figure, axes = plt.subplots(2, 3, figsize=(8.3, 5.8))
-    places, named = dict(zip((*shown, "logps", "outside"), axes.flat)), {}
+    places = dict(zip((*shown, "logps", "outside"), axes.flat))
     for panel, title in shown.items():
         own = [group for group in groups if group.panel == panel and group.rows]
         lines, place = {}, places[panel]
@@ -316,7 +316,7 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
         if lines:
             place.margins(x=0.08, y=0.2)
             looks = looks_of([group.method for group in trained], methods)
-            named[panel] = draw_lines(place, lines, looks)
+            draw_lines(place, lines, looks)
             if panel != "pairs":
                 place.set_ylim(bottom=0)
     for place in axes[:, 0]:
@@ -336,16 +336,14 @@ def panels(groups: list[Group], best: Frontier, methods: list[str], out: Path) -
             if steps:
                 lines[group.method] = [(n, *average(row)) for n, row in zip(steps, values)]
         place.set_xlabel("step")
-        if lines:
-            drawn = draw_lines(place, lines, looks, dashes)
-            if dashes == "-":
-                named[place] = drawn
+        draw_lines(place, lines, looks, dashes)
     for place in axes.flat:
-        if not place.has_data():
+        if place.has_data():
+            low = place in (places["pairs"], places["logps"])
+            where = "lower left" if low else "upper left"
+            place.legend(loc=where, fontsize=8, handlelength=1.4, labelspacing=0.3)
+        else:
             place.set_axis_off()
-    settle(figure)
-    for panel, points in named.items():
-        name_points(places.get(panel, panel), points)
     return save(figure, out, "panels")
 
 

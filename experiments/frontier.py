@@ -7,7 +7,8 @@ All runs are train.py's own loop, but for RLOO's (experiments/rlhf.py), on the b
 (experiments/reviews.py), from one SFT model. A seed is a set of pairs, their labels and their
 order: the same for every method and setting, so that differences are paired. While a run goes on,
 and at its end, samples of held-out prompts tell its true reward and its KL from the SFT model.
-Every run has a directory of its own; a second start goes on where the first one was stopped.
+Every run has a directory of its own; a second start goes on where the first one was stopped. A run
+is known by its settings: after a change of the code give another --out_dir.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from model import CheckpointError, write_whole
 
 STEPS, BATCH = 188, 32  # of a run, at least: an epoch of the usual number of pairs
 RLOO_STEPS = 200  # of 128 samples each
+RATE = 2e-4  # the learning rate of all but RLOO
 DEMONSTRATIONS, PAIRS = 60_000, 6_000
 SAMPLES = 250, 1_500  # of a look on the way, and at the end
 METHODS = {  # name: loss and flags; what is varied, and its symbol; its values
@@ -232,7 +234,7 @@ def work(entry: Entry, root: Path, samples: tuple[int, int]):
             write_rows(path, rows[:count])
         flags = {"data": path, "eval_data": root / "eval.jsonl", "init_from": start}
         flags |= {"sft_epochs": 0, "epochs": epochs, "batch_size": BATCH, "eval_every": each}
-        flags |= {"learning_rate": 2e-4, "seed": entry.seed, "out_dir": where}
+        flags |= {"learning_rate": RATE, "seed": entry.seed, "out_dir": where}
         run_stages(flags, entry.flags.split(), look)
         start = where
 
@@ -261,7 +263,8 @@ def make_reference(root: Path):
 
 def identity(entry: Entry, root: Path, samples: tuple[int, int]) -> dict:
     """What makes it the run that it is; the other fields of an entry say where it is shown."""
-    about = {"steps": STEPS, "batch": BATCH, "samples": list(samples)}
+    about = {"steps": STEPS, "batch": BATCH, "rate": RATE, "samples": list(samples)}
+    about |= {"torch": torch.__version__} | ({"rloo_steps": RLOO_STEPS} if entry.rloo else {})
     about["reference"] = sha256(root / "reference" / "model.safetensors")
     own = entry._replace(panel="", method="", setting="", x=entry.x if entry.rloo else 0.0)
     return own._asdict() | about
@@ -293,7 +296,9 @@ def write_exact(path: Path, entries: list[Entry]):
     wanted = {(e.pairs, e.flips, e.seed): e for e in entries if not e.right and e.rounds == 1}
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))["rlhf"]
-        if wanted.keys() <= {(row["pairs"], row["flips"], row["seed"]) for row in there}:
+        each = [(row["pairs"], row["flips"], row["seed"]) for row in there]
+        known = zip(each, (row["features"] for row in there), (row["beta"] for row in there))
+        if {*itertools.product(wanted, exact.FEATURES, PRICES)} <= {*known}:
             return
     grammar, rows = reviews.Reviews(), []
     tables = {features: exact.feature_tables(grammar, features) for features in exact.FEATURES}
@@ -301,12 +306,8 @@ def write_exact(path: Path, entries: list[Entry]):
         located = exact.locate(grammar, examples_of(wanted[case]))
         about = dict(zip(("pairs", "flips", "seed"), case))
         for features, table in tables.items():
-            learned = exact.rewards_of(table, exact.fit(exact.differences(table, located)))
-            for beta in PRICES:
-                reward, kl = exact.tilt(grammar, learned, beta)
-                rows.append(
-                    {"features": features, **about, "beta": beta, "reward": reward, "kl": kl}
-                )
+            for point in exact.rlhf(grammar, table, located, PRICES):
+                rows.append({"features": features} | about | point)
     found = exact.curves(grammar) | {"rlhf": rows}
     write_whole(path, json.dumps(found).encode())
 
@@ -364,6 +365,7 @@ def run_all(tasks: dict, root: Path, workers: int):
     finally:
         for process, _ in running.values():
             process.terminate()  # it saves its state
+        for process, _ in running.values():
             process.join()
 
 
@@ -385,6 +387,8 @@ def sweep(root: Path, entries: list[Entry], workers: int, samples: tuple[int, in
         for entry in entries:
             out = root / entry.run
             if not (ended(out) and is_of(out, identity(entry, root, samples))):
+                for name in ("done", "failed"):  # of another run: the report must not count it
+                    (out / name).unlink(missing_ok=True)
                 tasks[entry.run] = partial(work, entry, root, samples)
         run_all(tasks, root, workers)
     finally:

@@ -1,4 +1,4 @@
-"""Every objective on the built-in experiment, from the same SFT model: the table of the README.
+"""Every objective on the built-in experiment, from one SFT model: the table of docs/objectives.md.
 
     python train.py                         # leaves the SFT model that all of them start from
     python experiments/losses.py            # each loss by its settings below
@@ -57,6 +57,8 @@ def main():
     parser.add_argument("--base", default="out/reviews", help="the run with the SFT model")
     parser.add_argument("--count", type=int, default=5000, help="samples of each (default 5000)")
     args = parser.parse_args()
+    if args.count < 2:
+        parser.error("--count must be at least 2")
     base = Path(args.base)
     files = [
         f"--{name}={base / file}.jsonl" for name, file in (("data", "pairs"), ("eval_data", "eval"))
@@ -67,7 +69,7 @@ def main():
         "--sft_epochs=0",
     ]  # as the experiment has them
     start = base / "sft"
-    print("| loss and settings | KL | true reward | share of R\\*(KL) | accepted |")
+    print("| loss and settings | KL | true reward | share of what R\\* gains | accepted |")
     print("|---|---|---|---|---|")
     for line in args.settings or SETTINGS.splitlines():
         loss, *flags = line.split()

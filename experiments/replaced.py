@@ -3,7 +3,7 @@
     python experiments/rlhf.py out/reviews --beta 0.3 1 3 --out=rows.json
 
 A row for each method: its true reward and KL(π‖π_ref) on held-out prompts with their standard
-errors, which share that is of R*(KL), how many responses are reviews that end (others count as
+errors, its share of what R*(KL) gains, how many responses are reviews that end (others count as
 reward 0), and the learned reward that it thinks it has. Then what it took: seconds (of DPO those of
 its steps by its log, without the one pass of the reference), samples drawn (of best of N for these
 answers: it has no training, and so no end), models in memory, and beyond what SFT has already lines
@@ -53,6 +53,8 @@ def compare(run: Path, betas: list[float], steps: int, count: int, seed: int) ->
     settings = data.read_row(str(run / "run.json"), (run / "run.json").read_bytes())["settings"]
     if Path(settings["data"]).name != "pairs.jsonl":
         raise data.DataError(f"{run}: this run was trained on {settings['data']}, not on reviews")
+    if settings["loss"] != "dpo" or settings["sft_weight"]:
+        raise data.DataError(f"{run}: this run was not trained with DPO's own loss (--loss=dpo)")
     if count < 2 or min(steps, seed) < 0 or not all(0 <= beta < math.inf for beta in betas):
         raise data.DataError("--count must be at least 2, --steps, --seed and --beta at least 0")
     log = [row for _, row in data.read_jsonl(str(run / "metrics.jsonl")) if row["stage"] == "dpo"]

@@ -248,17 +248,17 @@ def sweep_table(groups: list[Group], best: Frontier) -> str:
 def headline(groups: list[Group], best: Frontier) -> str:
     """DPO's gap at moderate KL: of each seed the mean over settings there, then over seeds."""
     low, high = MODERATE
+    own = [g for g in groups if g.panel == "main" and g.method == "DPO" and g.rows]
+    own = [group for group in own if low <= group.point("kl")[0] <= high]
     gaps = {}
-    for group in groups:
-        if group.panel == "main" and group.method == "DPO" and group.rows:
-            if not low <= group.point("kl")[0] <= high:
-                continue
-            gap, most = best.gap(group), best(group.last("kl"))
-            for seed, *values in zip(group.rows, gap, gap / most, gap / best.gain(group)):
-                gaps.setdefault(seed, []).append(values)
+    for group in own:
+        gap, most = best.gap(group), best(group.last("kl"))
+        for seed, *values in zip(group.rows, gap, gap / most, gap / best.gain(group)):
+            gaps.setdefault(seed, []).append(values)
+    gaps = {seed: rows for seed, rows in gaps.items() if len(rows) == len(own)}
     where = f"at moderate KL ({low:g} to {high:g} nats)"
     if not gaps:
-        return f"DPO has no setting {where}."
+        return f"DPO has no setting {where}" + (", of which a seed has all." if own else ".")
     values = np.array([np.mean(rows, 0) for rows in gaps.values()])  # (seeds, 3)
     gap, of_reward, of_gain = values.mean(0)
     ends = interval(values[:, 1])

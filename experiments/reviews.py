@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 from extra.guard import hold
 from extra.reward import measure_kl, response_logps
-from model import CheckpointError
+from model import CheckpointError, write_whole
 from sample import draw, load, show
 
 # What the built-in experiment changes, where the command line does not: a small model from nothing.
@@ -246,7 +246,7 @@ def report(checkpoint: str, other: str, count: int | None = None):
   true reward of SFT   {show_mean(sft["rewards"])}  (of the grammar itself {m["start"]:.3f})
   true reward of DPO   {show_mean(dpo["rewards"])}
   KL(π‖π_ref)          {show_mean(m["KL"])} nats
-  reward gained        {m["gain"]:.3f} of R*(KL) = {m["best"]:.3f}: {share}
+  reward gained        {m["gain"]:.3f} of R*(KL) − {m["start"]:.3f} = {m["best"]:.3f}: {share}
   accepted             SFT {sft["accepted"].mean():.1%}, DPO {dpo["accepted"].mean():.1%}""")
     for i in range(min(3, count)):
         show(m["prompts"][i], ["SFT", "DPO"], [sft["texts"][i], dpo["texts"][i]])
@@ -279,10 +279,9 @@ def write(
 
 
 def run_experiment(arguments: list[str]):
-    """What `python train.py` does without --data: write the files, train on them, report."""
+    """What `python train.py` does without other data: write the files, train on them, report."""
     import train
 
-    arguments = [word for word in arguments if word != "--data=reviews"]
     given = {word.split("=")[0][2:] for word in arguments}
     for name in given & {"eval_data", "sft_data"}:
         sys.exit(f"train.py: --{name} would be ignored: the built-in experiment brings its own")
@@ -302,6 +301,8 @@ def run_experiment(arguments: list[str]):
         try:
             later = ["--data=later", "--eval_data=later", *arguments, "--resume=false"]
             settings = train.parse_settings(later)  # whatever it says of --resume, train.main does
+            if not (settings.sft_epochs or settings.init_from):
+                raise data.DataError("--sft_epochs=0: DPO needs a model to begin from, --init_from")
             own = (out / "run.json").is_file() and not (out / "pairs.jsonl").is_file()
             if own and known.resume == "true":  # somebody's, on other files
                 raise data.DataError(f"{out}: there is no state to resume; with --data it begins")
@@ -324,6 +325,8 @@ def run_experiment(arguments: list[str]):
             report(out, out / "sft" if settings.sft_epochs else settings.init_from)
         except KeyboardInterrupt:  # the run is saved
             sys.exit(130)
+        except (data.DataError, CheckpointError, OSError) as error:
+            sys.exit(f"train.py: the run is saved, but there is no report of it: {error}")
 
 
 def prefer(grammar: Reviews, prompt: str, a: str, b: str, rng) -> tuple[str, str]:
@@ -335,17 +338,21 @@ def prefer(grammar: Reviews, prompt: str, a: str, b: str, rng) -> tuple[str, str
 
 def label(candidates: str, out: str):
     """Pairs from sampled responses: neighbours in each list, as `prefer` has it."""
-    grammar, rng, count = Reviews(), np.random.default_rng(0), 0
-    with open(out, "w", encoding="utf-8") as file:
-        for _, row in data.read_jsonl(str(candidates)):
-            prompt, texts = row["prompt"], row["candidates"]
-            for a, b in zip(texts[::2], texts[1::2]):
-                if a != b:
-                    chosen, rejected = prefer(grammar, prompt, a, b, rng)
-                    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-                    file.write(json.dumps(pair) + "\n")
-                    count += 1
-    print(f"{count:,} labelled pairs in {out}")
+    grammar, rng, lines, prompts = Reviews(), np.random.default_rng(0), [], set()
+    prompts.update(*grammar.prompts.values())
+    for where, row in data.read_jsonl(str(candidates)):
+        prompt, texts = row.get("prompt"), row.get("candidates")
+        fine = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        if str(prompt) not in prompts or not fine:
+            wanted = "a prompt of the grammar's, and candidates, as sample.py --out writes them"
+            raise data.DataError(f"{where}: the row needs {wanted}")
+        for a, b in zip(texts[::2], texts[1::2]):
+            if a != b:
+                chosen, rejected = prefer(grammar, prompt, a, b, rng)
+                pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+                lines.append(json.dumps(pair) + "\n")
+    write_whole(Path(out), "".join(lines).encode())
+    print(f"{len(lines):,} labelled pairs in {out}")
 
 
 def main():
@@ -368,6 +375,9 @@ def main():
     labelling.add_argument("candidates")
     labelling.add_argument("out")
     args = parser.parse_args()
+    for name, least in (("count", 2), ("seed", 0), ("demonstrations", 0), ("pairs", 0)):
+        if getattr(args, name, least) < least:
+            parser.error(f"--{name} must be at least {least}")
     try:
         if args.command == "report":
             report(args.checkpoint, args.reference, args.count)
@@ -376,7 +386,7 @@ def main():
             write(Path(args.directory), *sizes, args.deterministic)
         else:
             label(args.candidates, args.out)
-    except (data.DataError, CheckpointError) as error:
+    except (data.DataError, CheckpointError, OSError) as error:
         sys.exit(f"reviews.py: {error}")
 
 

@@ -101,9 +101,9 @@ def settings_of(run: Path) -> dict:
     are the same ones in each."""
     settings = dict(read_json(run / "run.json")["settings"])
     settings |= settings.pop("options", None) or {}
-    own = f"{settings.get('out_dir')}/"
+    own = f"{Path(settings.get('out_dir') or '.')}/"
     return {
-        name: value.removeprefix(own) if isinstance(value, str) else value
+        name: value.removeprefix("./").removeprefix(own) if isinstance(value, str) else value
         for name, value in settings.items()
     }
 
@@ -111,6 +111,7 @@ def settings_of(run: Path) -> dict:
 def read_runs(directories: list[Path]) -> dict[str, list[list[dict]]]:
     """{label: rows of each of its runs}: the label is what differs among all runs, but for the seed
     and what is no setting. Directories that are no runs are named. Raises ReportError."""
+    directories = list({path.resolve(): path for path in directories}.values())
     runs = [path for path in directories if (path / "run.json").is_file()]
     for path in directories:
         if path not in runs:
@@ -128,11 +129,12 @@ def read_runs(directories: list[Path]) -> dict[str, list[list[dict]]]:
     differ = [name for name, found in values.items() if len(found) > 1 and name not in NO_SETTINGS]
     labels = [" ".join(f"{n}={s[n]}" for n in differ if n in s) for s in settings]
     twice = Counter((label, s.get("seed")) for label, s in zip(labels, settings))
+    names = Counter(run.name for run in runs)
     groups = {}
     for run, s, label in zip(runs, settings, labels):
         rows = read_rows(run / "metrics.jsonl")
         if twice[label, s.get("seed")] > 1 or len(runs) == 1:  # nothing but its name tells it apart
-            label = f"{label} {run.name}".strip()
+            label = f"{label} {run.name if names[run.name] == 1 else run}".strip()
         if rows:
             groups.setdefault(label or "all", []).append(rows)
         else:

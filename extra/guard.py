@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from data import DataError
 from extra.checkpoints import places_of
+from extra.files import first_bytes
 from extra.reading import parse_json, read_bytes, size_of
-from model import CheckpointError, write_whole
+from model import CheckpointError, load_config, write_whole
 
 HELD = WeakValueDictionary()  # the locks of this process, by the paths of the directories
 STATUS = Path("/proc/self/status")  # of Linux
@@ -64,6 +65,8 @@ def protect(run):
 
 def begin(run):
     run.lock = hold(run.out)
+    if not run.settings.resume:
+        refuse_missing(run.settings)
     found = digests(run.settings)
     run.about |= {"torch": torch.__version__, "cwd": os.getcwd(), "digests": found}
     if run.settings.resume:
@@ -79,6 +82,18 @@ def begin(run):
                 raise DataError(f"--resume: {what}: begin another run, in another --out_dir")
         if before is not found and not is_json(run.out / "run.json"):  # it was lost, or torn
             write_whole(run.out / "run.json", json.dumps(run.about, indent=2).encode())
+
+
+def refuse_missing(s):
+    """What a setting names but is not there, before the run that is in the directory is forgotten.
+    Raises DataError, CheckpointError."""
+    for path in filter(None, ",".join((s.data, s.eval_data, s.sft_data)).split(",")):
+        if not os.path.exists(path):
+            first_bytes(path)  # which says what is to be done
+    if s.init_from:
+        load_config(s.init_from)
+    if s.tokenizer and not os.path.exists(s.tokenizer):
+        raise DataError(f"{s.tokenizer}: cannot be read (--tokenizer: there is no such file)")
 
 
 def is_json(path: Path) -> bool:

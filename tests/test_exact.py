@@ -164,8 +164,7 @@ def test_the_fit_is_the_maximum_and_finds_the_truth():
     some = errors > 0  # the same words, or others that do not matter
     z = (x[:500] @ learned - gaps)[some] / errors[some]
     assert 0.6 < (z**2).mean() ** 0.5 < 1.4 and errors.mean() < 0.3 and some.mean() > 0.95
-    rewards = exact.fit_reward(grammar, examples, "words")
-    for kind, found in rewards.items():
+    for kind, found in exact.rewards_of(tables, learned).items():
         assert all(np.array_equal(r, t @ learned) for r, t in zip(found, tables[kind]))
 
 
@@ -201,6 +200,11 @@ def test_dpo_limit_is_where_the_loss_of_all_pairs_ends(small):
         assert exact.dpo_limit(small, beta, 0.0) == pytest.approx(small.optimum(beta), rel=1e-9)
 
 
+def rlhf(grammar, examples, features: str, betas) -> list[dict]:
+    tables = exact.feature_tables(grammar, features)
+    return exact.rlhf(grammar, tables, exact.locate(grammar, examples), betas)
+
+
 def test_nothing_is_above_the_frontier():
     """E r − β·KL is at most that of the optimum for β, for any β; of some it is close."""
     grammar = reviews.Reviews(seed=1)
@@ -213,11 +217,11 @@ def test_nothing_is_above_the_frontier():
     examples = grammar.preferences(3000, "train")
     for features in FEATURES:
         for n in (100, 3000):
-            points = exact.rlhf(grammar, examples[:n], features, (0.3, 1.0, 3.0))
+            points = rlhf(grammar, examples[:n], features, (0.3, 1.0, 3.0))
             assert [point["beta"] for point in points] == [0.3, 1.0, 3.0]
             assert min(map(slack, points)) > 0
             assert points[0]["kl"] > points[1]["kl"] > points[2]["kl"] > 0
-    few, many = (exact.rlhf(grammar, examples[:n], "words", [1.0])[0] for n in (100, 3000))
+    few, many = (rlhf(grammar, examples[:n], "words", [1.0])[0] for n in (100, 3000))
     assert slack(many) < 0.05 < slack(few), "with more pairs it comes near"
     wrong = dict(zip(("reward", "kl"), exact.dpo_limit(grammar, 0.5, 0.2)))
     assert 0.01 < slack(wrong) < 0.1
@@ -258,7 +262,7 @@ def test_the_table_has_these_figures(capsys, monkeypatch):
     start = grammar.optimum(math.inf)[0]
     for features in FEATURES:
         [line] = [line for line in printed.splitlines() if line.startswith(f"  {features}  ")]
-        for point in exact.rlhf(grammar, turned, features, exact.BETAS):
+        for point in rlhf(grammar, turned, features, exact.BETAS):
             share = (point["reward"] - start) / (grammar.frontier(point["kl"]) - start)
             cell = f"{point['reward'] - start:6.3f} at {point['kl']:6.3f}"
             assert cell in line
@@ -270,12 +274,22 @@ def test_the_table_has_these_figures(capsys, monkeypatch):
         assert line.endswith(f" {math.log(point['n']) - 1 + 1 / point['n']:.3f}")
 
 
+def test_many_pairs_are_of_three_seeds(capsys, monkeypatch):
+    """More than 6,000 take long: the other seeds are left out."""
+    seen, one = [], reviews.Reviews().preferences(1, "train")
+    monkeypatch.setattr(exact, "Reviews", lambda seed=0: seen.append(seed) or reviews.Reviews(seed))
+    monkeypatch.setattr(reviews.Reviews, "preferences", lambda *_: one)
+    exact.show([7000], range(5), 0.0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  words ")]
+    assert seen == [0, 0, 1, 2] and len(lines) == 1 and "  7,000 " in lines[0]
+
+
 def test_what_is_refused(capsys, monkeypatch):
     grammar = reviews.Reviews()
     prompt = "Review of the new film Amber:"
     fine = grammar.write(prompt, np.random.default_rng(0))
     with pytest.raises(data.DataError, match="no such review of a film: ' It was good.'"):
-        exact.fit_reward(grammar, [data.Example(prompt, (fine, " It was good."))], "words")
+        exact.locate(grammar, [data.Example(prompt, (fine, " It was good."))])
     for flag, why in (("--pairs=0", "--pairs must be at least 1"), ("--flip=1.2", "a share"),
                       ("--flip=nan", "a share"), ("--seed=-1", "--seed must be at least 0")):  # fmt: skip
         monkeypatch.setattr("sys.argv", ["exact.py", flag])

@@ -11,7 +11,7 @@ from test_reports import plain_score
 
 import data
 import sample
-from experiments import exact, frontier, reviews
+from experiments import exact, frontier, report, reviews
 
 DPO = "--loss=dpo --beta=1"
 ENTRY = partial(frontier.Entry, panel="main", setting="β=1", x=1, pairs=64)
@@ -131,6 +131,14 @@ def test_a_sweep_is_made_once_and_goes_on(small, tmp_path, capfd, monkeypatch):
     seconds = listed["about"]["seconds"]
     assert seconds > 0
 
+    with monkeypatch.context() as patch:  # stopped before any run: of other ones nothing counts
+        patch.setattr(frontier, "run_all", lambda tasks, *_: lost.extend(tasks))
+        lost, done = [], tmp_path / "a/0/done"
+        patch.setattr(frontier, "RATE", 1e-4)
+        frontier.sweep(tmp_path, entries[:1], workers=2, samples=(6, 8))
+        assert lost == ["exact", "a/0"] and not done.exists()
+        assert report.read_sweep(tmp_path)[2] == {"a/0"}
+        done.touch()
     log = (tmp_path / "a/0/log").read_text()
     entries[2] = entries[2]._replace(rounds=1)
     frontier.sweep(tmp_path, entries, workers=2, samples=(6, 8))

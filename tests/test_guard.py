@@ -383,6 +383,25 @@ def test_a_beta_beyond_float32_is_one_sentence(flags, start, monkeypatch):
 # What a run is resumed with
 
 
+@pytest.mark.parametrize(("flag", "said"), [
+    ("--data=/no/x.jsonl", "/no/x.jsonl: cannot be read as JSON lines (No such file"),
+    ("--eval_data=no", "no: cannot be read as JSON lines (No such file or directory); a data set"),
+    ("--sft_data=/no/x.jsonl", "/no/x.jsonl: cannot be read as JSON lines (No such file"),
+    ("--init_from=/no", "/no/config.json: not found"),
+    ("--init_from=org/model", "org/model: there is no such directory; a model of the Hugging"),
+    ("--tokenizer=/no.model", "/no.model: cannot be read (--tokenizer: there is no such file)"),
+])  # fmt: skip
+def test_a_mistyped_path_costs_no_run(flag, said, start, tmp_path):
+    """What is in the directory already stays as it is."""
+    start("run", "--sft_epochs=0", "--max_steps=1", "--save_every=1")
+    files = lambda: {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    before, flags = files(), [flag]
+    if flag.startswith("--tokenizer"):
+        flags.append("--init_from=-")
+    assert start("run", *flags, expect=2).sentence.startswith(said)
+    assert files() == before and len(before) > 5
+
+
 def test_another_tokenizer_is_refused(tokenizer, tmp_path):
     """The same under another path is taken."""
     rows = [{"prompt": "The film", "chosen": " was great", "rejected": " was bad"}]
@@ -546,7 +565,8 @@ def test_what_follows_a_run_and_what_comes_before_it_may_be_interrupted(tmp_path
     monkeypatch.setattr(doctor, "diagnose", interrupted)
     done = run_here("extra/doctor.py", path, f"--out={out}", expect=130)
     assert not done.stderr and not list(tmp_path.glob("usable*"))
-    monkeypatch.setattr(reviews, "write", lambda *_: None)
+    files = [tmp_path / "out" / f"{name}.jsonl" for name in ("pairs", "eval", "sft")]
+    monkeypatch.setattr(reviews, "write", lambda *_: [write_jsonl(p, rows) for p in files])
     monkeypatch.setattr(reviews, "report", interrupted)
     monkeypatch.setattr(train, "train", lambda run: run.say("saved"))
     done = run_here("train.py", f"--out_dir={tmp_path / 'out'}", expect=130)

@@ -319,6 +319,7 @@ def test_own_runs_from_the_command_line(tmp_path):
     out = tmp_path / "out"
     directories = [make_own(out / f"a{seed}", seed=seed, log_every=seed) for seed in (0, 1)]
     directories.append(make_own(out / "b", seed=0, beta=0.5))
+    directories.append(out / "a0" / ".." / "b")  # the same one again
     directories.append(make_own(out / "c", seed=0, loss="simpo", options={"gamma": 0.5}))
     (out / "notes").mkdir()
     result = run_script("experiments/report.py", *directories, out / "notes")
@@ -339,6 +340,32 @@ def test_own_runs_from_the_command_line(tmp_path):
         "1.500",
     ]
     assert {path.name for path in out.glob("report.*")} == {"report.png", "report.svg"}
+
+
+def test_equal_runs_are_told_apart_by_where_they_are(tmp_path):
+    """Also where their directories have one name, and data within them however it was written."""
+    for place in "xy":
+        out = tmp_path / place / "a"
+        where = {
+            "out_dir": f"./{out.relative_to('/')}/",
+            "data": f"{out.relative_to('/')}/pairs.jsonl",
+        }
+        make_own(out, seed=0, **where)
+    other = make_own(tmp_path / "z", seed=1, out_dir="z//", data="./z/pairs.jsonl")
+    groups = runs.read_runs([tmp_path / "x" / "a", tmp_path / "y" / "a", other])
+    assert list(groups) == [str(tmp_path / "x" / "a"), str(tmp_path / "y" / "a"), "all"]
+
+
+def test_the_headline_is_of_seeds_with_all_settings():
+    end = lambda kl, gap: {"kl": kl, "reward": 1 + 2 * kl - gap}
+    one = made("main", "DPO", "β=1", {s: end(1.0, 0.3) for s in range(3)})
+    two = made("main", "DPO", "β=2", {s: end(0.6, 0.1) for s in (1, 2, 3)})
+    far = made("main", "DPO", "β=0.3", {0: end(3.0, 2.0)})
+    said = report.headline([one, two, far], STRAIGHT)
+    assert " is 0.200, " in said and said.endswith("(2 seeds).")
+    two.rows = {3: two.rows[3]}
+    assert report.headline([one, two], STRAIGHT).endswith(", of which a seed has all.")
+    assert report.headline([far], STRAIGHT).startswith("DPO has no setting at moderate KL")
 
 
 def test_without_matplotlib_the_tables_are_there(sweep, tmp_path, monkeypatch):

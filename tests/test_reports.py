@@ -21,7 +21,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHAPES, make_model, random_dataset, save_tokenizer
+from conftest import (
+    ROOT,
+    SHAPES,
+    make_model,
+    random_dataset,
+    run_here,
+    save_tokenizer,
+    write_jsonl,
+)
 from test_model import plain_logits, sequence
 
 import data
@@ -257,6 +265,38 @@ def test_sure_labels_are_of_different_rewards():
         assert better > worse + 0.01, example
 
 
+def test_mistakes_are_sentences(tmp_path, monkeypatch):
+    """Of reviews.py, losses.py, and of `python train.py`, before anything is trained."""
+
+    def refused(*words) -> str:
+        monkeypatch.setattr("sys.argv", ["reviews.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            reviews.main()
+        return str(end.value)
+
+    prompt = str(reviews.Reviews().prompts["eval"][0])
+    rows = [{"prompt": "Who?", "candidates": ["a", "b"]}, {"prompt": [3], "candidates": ["a"]},
+            {"prompt": prompt, "responses": ["a", "b"]}, {"prompt": prompt, "candidates": [[1]]}]  # fmt: skip
+    path, out = tmp_path / "candidates.jsonl", tmp_path / "out"
+    for row in rows:
+        write_jsonl(path, [row])
+        why = f"reviews.py: {path}:1: the row needs a prompt of the grammar's, and candidates"
+        assert refused("label", path, out).startswith(why)
+    assert not out.exists()
+    write_jsonl(path, [{"prompt": prompt, "candidates": ["a", "b"]}])
+    assert re.fullmatch("reviews.py: .*No such file.*/no/x.*", refused("label", path, "/no/x"))
+    assert re.fullmatch("reviews.py: .*/proc/x'", refused("write", "/proc/x"))
+    for words in (("report", "a", "b", "--count=1"), ("write", out, "--seed=-1"),
+                  ("write", out, "--demonstrations=-1"), ("write", out, "--pairs=-1")):  # fmt: skip
+        said = run_here("experiments/reviews.py", *words, expect=2).stderr
+        assert f"{words[-1].split('=')[0]} must be at least " in said
+    said = run_here("experiments/losses.py", "--count=1", expect=2).stderr
+    assert "--count must be at least 2" in said
+    said = run_here("train.py", "--sft_epochs=0", f"--out_dir={out}", expect=2).stderr
+    assert said == "train.py: --sft_epochs=0: DPO needs a model to begin from, --init_from\n"
+    assert not (out / "run.json").exists()
+
+
 def test_label_pairs_neighbours(tmp_path, capsys):
     """First with second, third with fourth; the odd one and what is the same twice is left out; the
     better by Bradley-Terry, by more than noise; what the grammar cannot write is worse."""
@@ -490,7 +530,7 @@ def test_the_report_prints_these_figures_and_samples(monkeypatch, capsys):
   true reward of SFT   {mean(sft["rewards"])}  (of the grammar itself 0.346)
   true reward of DPO   {mean(dpo_["rewards"])}
   KL(π‖π_ref)          {mean(kl)} nats
-  reward gained        1.432 of R*(KL) = 1.753: 81.7% ± 2.3%
+  reward gained        1.432 of R*(KL) − 0.346 = 1.753: 81.7% ± 2.3%
   accepted             SFT 66.7%, DPO 88.9%
 """
     head, *shown = printed.split("\nReview of ")
@@ -524,7 +564,7 @@ def test_the_experiment_trains_on_its_files_and_reports(tmp_path, monkeypatch, c
         return found | {"settings": train.parse_settings(found["train"][0])}
 
     out, usual = tmp_path / "run", train.Settings()
-    found = run("--data=reviews")
+    found = run()
     s = found["settings"]
     assert (s.beta, s.batch_size, s.learning_rate, s.sft_learning_rate) == (1, 32, 2e-4, 5e-3)
     files = [str(out / f"{name}.jsonl") for name in ("pairs", "eval", "sft")]
@@ -629,7 +669,8 @@ def test_the_table_of_losses(tmp_path, monkeypatch, capsys):
     assert {line.split()[0] for line in lines} == LOSSES.keys()
     assert len({*lines}) == len(lines) == len(printed) - 2 == len(commands) == len(measured)
     mean = lambda x: f"{x.mean():.2f} ± {statistics.stdev(x) / 50**0.5:.2f}"
-    assert printed[0] == r"| loss and settings | KL | true reward | share of R\*(KL) | accepted |"
+    head = "loss and settings | KL | true reward | share of what R\\* gains | accepted"
+    assert printed[0] == f"| {head} |"
     expected = f"| {mean(figures['KL'])} | {mean(figures['DPO']['rewards'])} | 79% ± 3% | 80.0% |"
     for line, row in zip(lines, printed[2:]):
         assert row == f"| {line.replace('kto ', 'dpo ').replace(' --', ' ')} {expected}"

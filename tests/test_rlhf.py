@@ -271,6 +271,11 @@ def test_what_is_no_run_is_one_sentence(run, tmp_path):
     (other / "run.json").write_text(json.dumps({"settings": {"data": "my.jsonl"}}))
     trained = say(f"{other}: this run was trained on my.jsonl, not on reviews")
     run_here("experiments/replaced.py", other, expect=trained)
+    settings = {"data": "pairs.jsonl", "loss": "ipo", "sft_weight": 0.0}
+    (other / "run.json").write_text(json.dumps({"settings": settings}))
+    (other / "pairs.jsonl").touch()
+    loss = say(f"{other}: this run was not trained with DPO's own loss (--loss=dpo)")
+    run_here("experiments/replaced.py", other, expect=loss)
     limits = say("--count must be at least 2, --steps, --seed and --beta at least 0")
     for flag in ("--count=1", "--steps=-1", "--beta=-1", "--beta=nan"):
         run_here("experiments/replaced.py", run, flag, expect=limits)

@@ -1286,6 +1286,7 @@ DEFAULTS = {name: getattr(train.Settings, name) for name in PRESETS}
 @pytest.mark.parametrize(("flags", "expected"), [
     ("", PRESETS),
     ("--data=reviews", PRESETS),
+    ("--data reviews --seed 1", PRESETS | {"seed": 1}),
     ("--beta=0.1", PRESETS | {"beta": 0.1}),
     ("--beta 3", PRESETS | {"beta": 3.0}),
     ("--batch_size=8", PRESETS | {"batch_size": 8}),
