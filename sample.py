@@ -1,7 +1,8 @@
-"""Use a trained checkpoint: `python sample.py out/mine --prompt "Review of the new film Amber:"`.
+"""Use a trained checkpoint: sample, and compare.
 
-With --compare=REF it is side by side with REF, the reference: the checkpoint that DPO started from
-(out/mine/sft, if it was made there).
+    python sample.py out/mine --prompt "Review of the new film Amber:"
+    python sample.py out/mine --compare=REF --prompt "…" --n=3         side by side
+REF is the reference: the checkpoint that DPO started from (out/mine/sft, if it was made there).
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """SFT, then DPO: `python train.py`, or on several processes `torchrun --nproc_per_node=N train.py`.
 
-Without arguments it runs the built-in experiment from nothing (--beta=1, larger rates). With
-    --data=pairs.jsonl --eval_data=… --init_from=DIR
-it tunes a checkpoint on your preferences. `--help` lists the settings.
+Without --data it runs the built-in experiment from nothing (--beta=1, larger rates); with
+--data=pairs.jsonl --init_from=DIR it tunes a checkpoint on your preferences. --help lists all.
 """
 
 import argparse

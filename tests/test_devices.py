@@ -91,7 +91,9 @@ def test_it_is_taken_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(()))  # there is none such
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    made = lambda dtype: train.Run(train.Settings(data="x", out_dir=str(tmp_path), dtype=dtype))
+    made = lambda dtype: train.Run(
+        train.Settings(data=__file__, out_dir=str(tmp_path), dtype=dtype)
+    )
     runs = [made(dtype) for dtype in ("auto", "float32", "bfloat16")]
     assert {run.device.type for run in runs} == {"mps"}
     assert [run.bf16 for run in runs] == [False, False, True]

@@ -824,7 +824,9 @@ def test_rates_are_those_of_all_ranks_together(world, tmp_path, monkeypatch):
 def a_run(world: World, out: Path, *flags) -> train.Run:
     names = {"batch_size": 3, "micro_batch_tokens": 90, "max_length": 64, "max_prompt_length": 32}
     given = [f"--{name}={x}" for name, x in names.items()]
-    return train.Run(train.parse_settings([*given, "--data=x", f"--out_dir={out}", *flags]))
+    return train.Run(
+        train.parse_settings([*given, f"--data={__file__}", f"--out_dir={out}", *flags])
+    )
 
 
 def dataset_of(trees: list[Tree]) -> data.Dataset:

@@ -1179,7 +1179,9 @@ def test_every_setting_has_its_case():
 
 
 def test_bfloat16_is_the_default_on_cuda_only(tmp_path, monkeypatch):
-    made = lambda dtype: train.Run(train.Settings(data="x", out_dir=str(tmp_path), dtype=dtype))
+    made = lambda dtype: train.Run(
+        train.Settings(data=__file__, out_dir=str(tmp_path), dtype=dtype)
+    )
     devices = []
     monkeypatch.setattr(torch, "autocast", lambda *given, enabled: (*given, enabled))
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
