@@ -378,7 +378,7 @@ def train(run: Run):
 
 
 def main(arguments: list[str]):
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     reader.add_argument("--data", default=Settings.data)
     given, others = reader.parse_known_args(arguments)
     if given.data == Settings.data:

@@ -53,7 +53,7 @@ def compare(run: Path, betas: list[float], steps: int, count: int, seed: int) ->
     settings = data.read_row(str(run / "run.json"), (run / "run.json").read_bytes())["settings"]
     if Path(settings["data"]).name != "pairs.jsonl":
         raise data.DataError(f"{run}: this run was trained on {settings['data']}, not on reviews")
-    if settings["loss"] != "dpo" or settings["sft_weight"]:
+    if settings.get("loss") != "dpo" or settings.get("sft_weight"):
         raise data.DataError(f"{run}: this run was not trained with DPO's own loss (--loss=dpo)")
     if count < 2 or min(steps, seed) < 0 or not all(0 <= beta < math.inf for beta in betas):
         raise data.DataError("--count must be at least 2, --steps, --seed and --beta at least 0")

@@ -703,7 +703,7 @@ MISTAKES = [
     ("experiments/frontier.py", "a run of another learning rate counts", '"rate": RATE, ', "", "test_frontier.py::test_a_sweep_is_made_once_and_goes_on"),
     ("experiments/replaced.py", "RLOO's seconds leave its reward model out", "clock() - began + (learning if model else 0.0)", "clock() - began", "test_rlhf.py::test_seconds_are_of_what_each_needs"),
     ("experiments/replaced.py", "best of n is billed for all samples", "learning + drawing * n / 16", "learning + drawing", "test_rlhf.py::test_seconds_are_of_what_each_needs"),
-    ("experiments/replaced.py", "another loss's run is tabulated as DPO", 'if settings["loss"] != "dpo" or', "if", "test_rlhf.py::test_what_is_no_run_is_one_sentence"),
+    ("experiments/replaced.py", "another loss's run is tabulated as DPO", 'if settings.get("loss") != "dpo" or', "if", "test_rlhf.py::test_what_is_no_run_is_one_sentence"),
     ("experiments/reviews.py", "without SFT the experiment trains from nothing", "if not (settings.sft_epochs or settings.init_from):", "if False:", "test_reports.py::test_mistakes_are_sentences"),
     ("experiments/reviews.py", "rows without candidates are labelled", "if str(prompt) not in prompts or not fine:", "if str(prompt) not in prompts:", "test_reports.py::test_mistakes_are_sentences"),
     ("extra/guard.py", "a mistyped path is found once the last run's rows are gone", "        refuse_missing(run.settings)\n", "        pass\n", "test_guard.py::test_a_mistyped_path_costs_no_run"),

@@ -1254,6 +1254,10 @@ def test_what_goes_wrong_is_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.startswith("train.py: ") and error.count("\n") == 1
         assert ("--beta must be" in error) != ("none.jsonl" in error)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--seed=1", "--data"])
+    said = "train.py: error: argument --data: expected one argument\n"
+    assert capsys.readouterr().err == said
 
 
 # ------------------------------------------------------------------- the built-in experiment
