@@ -128,7 +128,7 @@ class Run:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         if cuda:
             torch.cuda.set_device(self.device)
-        self.mean_logratio = dpo.double(torch.zeros((), device=self.device))  # of dpo.Pairs
+        self.mean_logratio = dpo.double(torch.zeros((), device=self.device))  # the last step's
         if self.world > 1:
             patience = timedelta(hours=4)  # while rank 0 encodes a large file
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)

@@ -296,9 +296,9 @@ def write_exact(path: Path, entries: list[Entry]):
     wanted = {(e.pairs, e.flips, e.seed): e for e in entries if not e.right and e.rounds == 1}
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))["rlhf"]
-        each = [(row["pairs"], row["flips"], row["seed"]) for row in there]
-        known = zip(each, (row["features"] for row in there), (row["beta"] for row in there))
-        if {*itertools.product(wanted, exact.FEATURES, PRICES)} <= {*known}:
+        case = lambda row: (row["pairs"], row["flips"], row["seed"])
+        known = {(case(row), row["features"], row["beta"]) for row in there}
+        if {*itertools.product(wanted, exact.FEATURES, PRICES)} <= known:
             return
     grammar, rows = reviews.Reviews(), []
     tables = {features: exact.feature_tables(grammar, features) for features in exact.FEATURES}

@@ -98,7 +98,7 @@ def run_script(
     return result
 
 
-def assert_same_change(before, one, many, most: float = 0.02):
+def assert_same_change(before, one, many, most: float = 0.005):
     """Of each tensor of two trainings from the same weights, {name: tensor} each, up to that part of
     it. AdamW divides by √v: where the gradient is rounding alone, so is the step, and no bound for
     single numbers would hold; a lost or doubled gradient is a difference of the size of the change."""

@@ -139,12 +139,18 @@ def test_a_sweep_is_made_once_and_goes_on(small, tmp_path, capfd, monkeypatch):
         assert lost == ["exact", "a/0"] and not done.exists()
         assert report.read_sweep(tmp_path)[2] == {"a/0"}
         done.touch()
-    log = (tmp_path / "a/0/log").read_text()
+    log, known = (tmp_path / "a/0/log").read_text(), (tmp_path / "exact.json").stat()
     entries[2] = entries[2]._replace(rounds=1)
     frontier.sweep(tmp_path, entries, workers=2, samples=(6, 8))
     printed = capfd.readouterr().out
     assert "[1/1] c/0" in printed and (tmp_path / "a/0/log").read_text() == log
     assert not (tmp_path / "c/0/round1").exists()
+    again = (tmp_path / "exact.json").stat()
+    assert again.st_mtime_ns == known.st_mtime_ns, "nothing of it was missing"
+    monkeypatch.setattr(frontier, "PRICES", (1.0, 4.0))
+    frontier.write_exact(tmp_path / "exact.json", entries)
+    fits = json.loads((tmp_path / "exact.json").read_text())["rlhf"]
+    assert {row["beta"] for row in fits} == {1.0, 4.0}
     assert json.loads((tmp_path / "sweep.json").read_text())["about"]["seconds"] > seconds
     ours, theirs = (read_metrics(tmp_path / name) for name in ("a/0", "c/0"))
     same = lambda row: {k: x for k, x in row.items() if "second" not in k and "memory" not in k}
